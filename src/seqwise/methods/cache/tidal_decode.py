@@ -1,0 +1,106 @@
+"""TidalDecode: find the important cache positions in one layer, and let the layers above read only those.
+
+    layer l < s          full attention
+    l = s (start)        full attention, and I = top-k positions of z = q K^T / sqrt(D), per query head
+    s < l < c            attention over the positions I alone, softmax renormalised over I
+    l = c (correction)   full attention, and I chosen anew from this layer's z
+    l > c                attention over the new I alone
+
+for each decode step anew (one query row; prefill and steps of several rows are full attention). Every layer's cache
+grows as usual: nothing is evicted, fewer keys are read. The current token always belongs to I, as in the paper's
+kernels (the k - 1 best of the others, and itself); `keep_current=False` is the top k of all positions.
+
+Under grouped-query attention each query head keeps its own I and reads it from its KV head; a kernel that loads keys
+once per KV head reads the union of its group's sets, at most g k keys.
+
+"TidalDecode: Fast and Accurate LLM Decoding with Position Persistent Sparse Attention", arXiv 2410.05076.
+s = 2 and c = 13 are the code's for a model of 32 layers; c is chosen per model.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from seqwise.core.select import top_k
+
+Role = Literal["full", "select", "reuse"]
+
+
+def schedule(layers: int, start: int = 2, correction: int = 13) -> tuple[Role, ...]:
+    """What each of `layers` decoder layers does at a decode step; "select" is full attention that chooses I.
+
+    Raises:
+        ValueError: unless 0 <= start < correction < layers.
+    """
+    if not 0 < correction < layers:
+        raise ValueError(f"TidalDecode.correction must be in [1, layers) = [1, {layers}), got {correction}")
+    if not 0 <= start < correction:
+        raise ValueError(f"TidalDecode.start must be in [0, correction) = [0, {correction}), got {start}")
+
+    def role(layer: int) -> Role:
+        if layer in (start, correction):
+            return "select"
+        return "full" if layer < start else "reuse"
+
+    return tuple(role(layer) for layer in range(layers))
+
+
+def scores(q: Tensor, K: Tensor, *, live: Tensor | None = None, scaling: float | None = None) -> Tensor:
+    """Attention logits z of one query row per head: fp32 (B, H, n), -inf where not live.
+
+    q: (B, H, 1, D), K: (B, Hkv, n, D), after RoPE; H is a multiple of Hkv. live: (B, n) or (B, 1 or Hkv, n) bool,
+    False on padding. scaling: default 1 / sqrt(D).
+    """
+    B, H, _, D = q.shape
+    Hkv, n = K.shape[1], K.shape[2]
+    scaling = D**-0.5 if scaling is None else scaling
+    grouped = q.float().reshape(B, Hkv, H // Hkv, D)
+    z = (grouped @ K.float().mT * scaling).reshape(B, H, n)
+    return z if live is None else z.masked_fill(~_per_query_head(live, H), float("-inf"))
+
+
+def select(z: Tensor, k: int, keep_current: bool = True) -> Tensor:
+    """Positions I (B, H, min(k, n)), ascending, of the k largest logits z (B, H, n).
+
+    keep_current: the last slot, which holds the current token, always counts among the k. Padding (z = -inf) comes
+    last: a row with fewer than k live slots gets all of them, and padding that `selected_attention` masks. Ties go to
+    the earlier slot.
+
+    Raises:
+        ValueError: k < 1.
+    """
+    if k < 1:
+        raise ValueError(f"TidalDecode.budget must be >= 1, got {k}")
+    if keep_current:
+        z = torch.cat([z[..., :-1], torch.full_like(z[..., -1:], float("inf"))], -1)
+    return top_k(z, k)
+
+
+def selected_attention(
+    q: Tensor, K: Tensor, V: Tensor, idx: Tensor, *, live: Tensor | None = None, scaling: float | None = None
+) -> Tensor:
+    """Attention of one query row per head over its positions idx (B, H, k), reading only these keys and values.
+
+    q: (B, H, 1, D), K: (B, Hkv, n, D), V: (B, Hkv, n, Dv); live and scaling as in `scores`. Returns (B, H, 1, Dv),
+    equal to attention under a mask that shows each head its idx. Every head needs at least one live position.
+    """
+    B, H, k = idx.shape
+    Hkv = K.shape[1]
+    flat = idx.reshape(B, Hkv, H // Hkv * k)  # (B, Hkv, g k): a group reads from its own KV head
+
+    def read(x: Tensor) -> Tensor:  # (B, H, k, D)
+        return x.gather(2, flat[..., None].expand(-1, -1, -1, x.shape[-1])).reshape(B, H, k, x.shape[-1])
+
+    seen = None
+    if live is not None:
+        seen = _per_query_head(live, H).expand(B, H, -1).gather(2, idx)[:, :, None]  # (B, H, 1, k)
+    return scaled_dot_product_attention(q, read(K), read(V), attn_mask=seen, scale=scaling)
+
+
+def _per_query_head(live: Tensor, heads: int) -> Tensor:  # (B, 1 or H, n)
+    live = live.bool()[:, None] if live.dim() == 2 else live.bool()
+    return live if live.shape[1] == 1 else live.repeat_interleave(heads // live.shape[1], dim=1)

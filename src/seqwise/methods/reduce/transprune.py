@@ -1,0 +1,88 @@
+"""TransPrune: drop image tokens in stages inside the language model, by how much its modules change them.
+
+For each attention and MLP module, x its normed input, y its output before the residual addition, per token:
+
+    m = |y| / |x|      d = 1 - cos(x, y)      w = m exp(d) / sum_{tokens} exp(d)        (token transition)
+    TTV = sum over accumulated layers of (w_attn + w_mlp)
+    IGA_j = mean_{h, i} A[h, i, j]            i: text rows behind the image, A: the next layer's attention
+    s = TTV / (sum TTV + 1e-8) + IGA / (sum IGA + 1e-8)                                 (sums over image tokens)
+
+A stage keeps the max(1, int(N r)) image tokens of largest s, N being the count before any stage, in their order.
+Attention alone favours tokens by position and by sinks; the size and direction of a token's change do so less.
+"TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model", arXiv 2507.20630.
+The sum under w runs over each sample's own real tokens; the code lets it run over batch and padding as well, which
+is the same for a single prompt.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from seqwise.core.observe import received
+from seqwise.core.visible import Visible
+
+
+def transition(x: Tensor, y: Tensor, real: Tensor | None = None) -> Tensor:
+    """w of one module: x, y (..., n, D) -> (..., n), in float32.
+
+    x: the module's input after its norm; y: its output before the residual addition. real: (..., n) bool, False at
+    padding, which then gets weight 0 and no part in the sum; None means that all tokens are real.
+    """
+    x, y = x.float(), y.float()
+    m = y.norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)  # (..., n)
+    e = (1 - cosine_similarity(x, y, dim=-1)).exp()
+    if real is not None:
+        e = torch.where(real, e, 0.0)
+        m = torch.where(real, m, 0.0)  # padding may hold anything, NaN included
+    return m * e / e.sum(-1, keepdim=True)
+
+
+def accumulate(ttv: Tensor | None, w_attn: Tensor, w_mlp: Tensor) -> Tensor:
+    """TTV after one more layer; None before the first. All (..., n), over the tokens still present.
+
+    Tokens that a stage drops take their history along: gather `ttv` with the indices that cut the hidden states.
+    """
+    layer = w_attn + w_mlp
+    return layer if ttv is None else ttv + layer
+
+
+def instruction_attention(
+    q: Tensor, k: Tensor, image: tuple[int, int], real: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """IGA of the image tokens at columns [start, stop), in float32: (B, stop - start).
+
+    q: (B, H, R, D), the text rows behind the image, which are the last R of the prompt; k: (B, Hkv, n, D), the whole
+    prompt; both the next layer's, after RoPE; Hkv divides H. The softmax is causal, over all keys. real: (B, n) bool,
+    False at padding, which is neither attended nor counted as a row. scale: of the logits, D^-0.5 by default.
+
+    Raises:
+        ValueError: the span is empty, outside the prompt, or reaches into the R rows.
+    """
+    start, stop = image
+    rows, n = q.shape[-2], k.shape[-2]
+    if not 0 <= start < stop <= n - rows:
+        raise ValueError(
+            f"instruction_attention: image must satisfy 0 <= start < stop <= {n - rows} (where the rows of q begin), "
+            f"got {image}"
+        )
+    visible = Visible.of(rows, n, padding=real, device=q.device)
+    return received(q, k, visible=visible, reduce="mean", scaling=scale)[..., start:stop].mean(-2)
+
+
+def stage_score(ttv: Tensor | None, iga: Tensor | None) -> Tensor:
+    """s over the current image tokens: ttv, iga (..., n) -> (..., n). None leaves a term out (the ablations).
+
+    Raises:
+        ValueError: both are None.
+    """
+    if ttv is None and iga is None:
+        raise ValueError("stage_score: ttv and iga must not both be None")
+    terms = [term / (term.sum(-1, keepdim=True) + 1e-8) for term in (ttv, iga) if term is not None]
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def keep_count(N: int, r: float) -> int:
+    """Image tokens that a stage leaves: max(1, int(N r)), N the count before the first stage."""
+    return max(1, int(N * r))

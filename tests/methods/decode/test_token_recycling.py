@@ -1,0 +1,218 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seqwise.methods.decode.token_recycling import (
+    Tree,
+    best_path,
+    draft,
+    rewards,
+    successors,
+    template,
+    update,
+    visible,
+    walk,
+)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_official_template():
+    nodes = template()
+    assert len(nodes) == 80 and len(set(nodes)) == 80
+    assert [sum(len(node) == depth for node in nodes) for depth in range(1, 7)] == [8, 21, 25, 15, 8, 3]
+    assert max(max(node) for node in nodes) == 7
+    assert list(nodes) == sorted(nodes, key=lambda node: (len(node), node)), "parents in order, then rank"
+    assert nodes[:10] == ((0,), (1,), (2,), (3,), (4,), (5,), (6,), (7,), (0, 0), (0, 1))
+    tree = Tree.of(nodes)
+    assert tree.paths.shape == (40, 7)
+    assert [int((tree.paths[:, d] >= 0).sum()) for d in (0, 1)] == [40, 40]
+
+
+@pytest.mark.parametrize("count", [1, 9, 20, 80])
+def test_tree_tensors_equal_their_definitions(count):
+    nodes = template(count)
+    tree, listed = Tree.of(nodes), [(), *nodes]
+    for i, node in enumerate(listed):
+        assert tree.depth[i] == len(node)
+        assert listed[int(tree.father[i])] == node[:-1]
+        assert tree.rank[i] == (node[-1] if node else 0)
+        for j, other in enumerate(listed):
+            assert bool(tree.mask[i, j]) == (node[: len(other)] == other)
+    leaves = [n for n in listed if not any(m[:-1] == n and m != n for m in nodes)]
+    paths = [[listed[i] for i in row.tolist() if i >= 0] for row in tree.paths]
+    assert [path[-1] for path in paths] == leaves
+    assert paths == [[leaf[:d] for d in range(len(leaf) + 1)] for leaf in leaves]
+
+
+@pytest.mark.parametrize("count", [0, 81, -1])
+def test_refuses_other_sizes(count):
+    with pytest.raises(ValueError, match=rf"nodes must be in \[1, 80\], got {count}"):
+        template(count)
+
+
+@pytest.mark.parametrize("nodes", [((0, 0), (0,)), ((0,), (0,)), ((0,), (0, 0), (1,)), ((),)])
+def test_refuses_trees_in_another_order(nodes):
+    with pytest.raises(ValueError, match="breadth first"):
+        Tree.of(nodes)
+
+
+@pytest.mark.parametrize("count", [5, 20, 80])
+def test_draft_follows_the_table(count):
+    tree, V, K = Tree.of(template(count)), 50, 8
+    M = torch.randint(V, (V, K), generator=generator())
+    roots = torch.tensor([[3, 7], [0, 49]])
+    ids = draft(M, roots, tree)
+    assert ids.shape == (2, 2, count + 1)
+    for b in range(2):
+        for c in range(2):
+            expected = [int(roots[b, c])]
+            for node in template(count):
+                token = int(roots[b, c])
+                for rank in node:
+                    token = int(M[token, rank])
+                expected.append(token)
+            assert ids[b, c].tolist() == expected
+
+
+def test_a_narrow_table_is_refused_for_a_wide_tree():
+    with pytest.raises(ValueError, match="M must have > 7 candidates per token for this tree, got 4"):
+        draft(torch.zeros(9, 4, dtype=torch.long), torch.tensor(0), Tree.of(template()))
+
+
+def plain_rewards(ids, g, paths):
+    out = []
+    for path in paths.tolist():
+        r = 0
+        while r + 1 < len(path) and path[r + 1] >= 0 and ids[path[r + 1]] == g[path[r]]:
+            r += 1
+        out.append(r)
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([1, 9, 33, 80]), st.integers(1, 4))
+def test_best_path_is_the_first_longest(seed, count, V):
+    tree = Tree.of(template(count))
+    ids, g = torch.randint(V, (2, 3, count + 1), generator=generator(seed))
+    r = rewards(ids, g, tree.paths)
+    nodes, best = best_path(ids, g, tree.paths)
+    for b in range(3):
+        expected = plain_rewards(ids[b].tolist(), g[b].tolist(), tree.paths)
+        assert r[b].tolist() == expected
+        assert best[b] == max(expected)
+        path = tree.paths[expected.index(max(expected))].tolist()
+        accepted = path[: max(expected) + 1]
+        assert nodes[b].tolist() == accepted + [-1] * (len(path) - len(accepted))
+
+
+def test_padding_never_counts_as_accepted():
+    tree = Tree.of(((0,), (1,), (0, 0)))
+    assert tree.paths.tolist() == [[0, 2, -1], [0, 1, 3]]
+    ids = torch.tensor([5, 5, 6, 7])
+    g = torch.tensor([6, 0, 5, 0])  # node 2 is right; padding would read node 0: 5 = g[2]
+    assert rewards(ids, g, tree.paths).tolist() == [1, 0]
+
+
+def test_cold_table_of_zeros_drafts_equal_siblings_and_takes_the_first_path():
+    tree = Tree.of(template(12))
+    ids = draft(torch.zeros(4, 8, dtype=torch.long), torch.tensor(2), tree)
+    nodes, r = best_path(ids, torch.zeros_like(ids), tree.paths)
+    assert r == 2 and nodes.tolist() == tree.paths[(tree.paths >= 0).sum(-1).argmax()].tolist()
+
+
+def plain_walk(ids, x, nodes):
+    listed, node, accepted = [(), *nodes], (), [0]
+    while True:
+        children = [i for i, n in enumerate(listed) if len(n) == len(node) + 1 and n[:-1] == node]
+        match = [i for i in children if ids[i] == x[accepted[-1]]]
+        if not match:
+            return accepted
+        accepted.append(match[0])
+        node = listed[match[0]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([1, 9, 33, 80]), st.integers(1, 4))
+def test_walk_moves_to_the_first_child_that_holds_the_draw(seed, count, V):
+    tree = Tree.of(template(count))
+    ids, x = torch.randint(V, (2, 3, count + 1), generator=generator(seed))
+    nodes, r = walk(ids, x, tree)
+    for b in range(3):
+        accepted = plain_walk(ids[b].tolist(), x[b].tolist(), template(count))
+        assert r[b] == len(accepted) - 1
+        assert nodes[b].tolist() == accepted + [-1] * (tree.paths.shape[1] - len(accepted))
+
+
+def test_walk_samples_the_target_distribution():
+    """Two tokens from a chain over V = 3, with repeated siblings: pair frequencies equal the chain's."""
+    tree = Tree.of(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0)))
+    chain = torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3], [0.1, 0.1, 0.8]])
+    ids = torch.tensor([0, 1, 1, 2, 0, 2, 0])  # the draft at 2 repeats 1; only 0 and 2 may follow the first 1
+    draws = 60_000
+    x = torch.multinomial(chain[ids], draws, replacement=True, generator=generator()).T  # (draws, N)
+    nodes, r = walk(ids.expand(draws, -1), x, tree)
+    last = nodes.gather(-1, r[:, None])
+    bonus = x.gather(-1, last)[:, 0]
+    first = torch.where(r >= 1, ids[nodes[:, 1].clamp(min=0)], bonus)
+    second = torch.where(r >= 2, ids[nodes[:, 2].clamp(min=0)], bonus)
+    more = torch.multinomial(chain[first], 1, generator=generator(1))[:, 0]
+    second = torch.where(r == 0, more, second)  # the next step's draw
+    seen = torch.bincount(first * 3 + second, minlength=9) / draws
+    torch.testing.assert_close(seen, (chain[0][:, None] * chain).flatten(), rtol=0, atol=0.01)
+
+
+def test_update_writes_the_best_tokens_of_every_node_and_the_last_node_wins():
+    V, K = 30, 8
+    M = torch.zeros(V, K, dtype=torch.long)
+    ids = torch.tensor([4, 9, 4, 7, 9, 4])
+    logits = torch.randn(6, V, generator=generator())
+    new = update(M, ids, logits)
+    expected = M.clone()
+    for i, token in enumerate(ids.tolist()):
+        expected[token] = logits[i].argsort(descending=True)[:K]
+    assert new.tolist() == expected.tolist()
+    assert (M == 0).all(), "the given table is left alone"
+    tokens, rows = successors(ids, logits, K)
+    assert tokens.tolist() == [7, 9, 4] and rows.shape == (3, K)
+
+
+def test_any_width_of_the_table_and_ties_by_id():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0]])
+    assert successors(torch.tensor([0]), logits, 4)[1].tolist() == [[1, 3, 2, 4]]
+    assert update(torch.zeros(5, 1, dtype=torch.int32), torch.tensor([2]), logits)[2].dtype == torch.int32
+
+
+def test_mask_joins_the_padded_prefix_and_the_tree():
+    tree = Tree.of(((0,), (0, 0)))
+    mask = visible(tree.mask, torch.tensor([[0, 1], [1, 1]]))
+    assert mask.shape == (2, 1, 3, 5)
+    assert mask[0, 0].int().tolist() == [[0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
+    assert mask[1, 0, :, :2].all()
+
+
+def test_a_chain_language_is_drafted_right_after_one_pass():
+    """Drafts, greedy verification and recycling together give the greedy text in fewer forwards."""
+    V = 12
+    follow = torch.randperm(V, generator=generator(3))
+    table = torch.full((V, V), -5.0).scatter_(1, follow[:, None], 5.0)
+    table += 0.1 * torch.randn(V, V, generator=generator(4))
+    tree = Tree.of(template(20))
+    M, root, text, forwards = torch.zeros(V, 8, dtype=torch.long), torch.tensor(1), [1], 0
+    while len(text) < 40:
+        ids = draft(M, root, tree)
+        logits = table[ids]
+        g = logits.argmax(-1)
+        nodes, r = best_path(ids, g, tree.paths)
+        text += ids[nodes[1 : int(r) + 1]].tolist()
+        root = g[nodes[int(r)]]
+        text.append(int(root))
+        M, forwards = update(M, ids, logits), forwards + 1
+    greedy = [1]
+    while len(greedy) < len(text):
+        greedy.append(int(table[greedy[-1]].argmax()))
+    assert text == greedy
+    assert forwards < 25
