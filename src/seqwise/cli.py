@@ -1,6 +1,7 @@
 """The command line: parses, calls the lab, prints. What a command does lives in `seqwise.lab`.
 
-Results go to stdout, everything else to stderr. Exit codes: 0, 2 for unusable input, 130 for Ctrl-C.
+Results go to stdout, everything else to stderr. Exit codes: 0, 1 where a method failed, 2 for unusable input,
+130 for Ctrl-C.
 Commands import what they run inside themselves, so that those that need no model start at once.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Literal, Optional
 
@@ -16,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from seqwise.core.errors import SeqwiseError
+from seqwise.core.errors import SeqwiseError, UsageError
 
 app = typer.Typer(
     name="seqwise",
@@ -25,11 +27,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-@app.callback()
-def root() -> None:
-    """Keeps `papers` a subcommand while it is the only one."""
 
 
 @app.command()
@@ -48,6 +45,112 @@ def papers(
         print(json.dumps({"papers": [paper.to_dict() for paper in shown]}, indent=2, ensure_ascii=False))
     else:
         Console().print(catalogue.table(shown))
+
+
+@app.command()
+def compare(
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A Hub name or a folder. Default: SmolLM2-135M-Instruct, which needs no download."),
+    ] = None,
+    method: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help='As in Python: "A2SF(budget=0.25, forget=0.9)", "A2SF | ZipCache". Again for more.'),
+    ] = None,
+    budget: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A share (0.25) or tokens (256) for every method that has a budget. Again for more."),
+    ] = None,
+    task: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="needle, needles, kv, perplexity, agreement, or a .jsonl file. Again for more."),
+    ] = None,
+    length: Annotated[Optional[list[int]], typer.Option(help="Tokens of context. Again for more.")] = None,  # noqa: UP045
+    prompts: Annotated[Optional[int], typer.Option(help="Prompts per task and length.")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="Of prompts and of methods that draw.")] = 0,
+    chunk: Annotated[Optional[int], typer.Option(help="Prefill in chunks of so many tokens.")] = None,  # noqa: UP045
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller comparison that ends within a minute.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    report: Annotated[Optional[Path], typer.Option(help="Write an HTML report.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="Write the JSON document, kept up to date.")] = None,  # noqa: UP045
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same comparison was stopped.")] = False,
+    plugin: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="A Python file with methods of your own. Again for more."),
+    ] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ...")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, ...")] = None,  # noqa: UP045
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
+) -> None:
+    """Measure what each method saves and what it costs on a model.
+
+    Question-blind: the method acts before the question is seen. Question-aware: the question is part of the prompt.
+    """
+    from transformers.utils import logging
+
+    from seqwise.lab.compare import Comparison, Settings, check_writable
+    from seqwise.lab.tables import tables
+
+    logging.disable_progress_bar()
+    if report is not None:
+        check_writable(report, "--report")
+    settings = Settings(
+        model=model,
+        methods=tuple(method or ()),
+        budgets=tuple(budget or ()),
+        tasks=tuple(task or ()),
+        lengths=tuple(length or ()),
+        prompts=prompts,
+        seed=seed,
+        chunk=chunk,
+        quick=quick,
+        plugins=tuple(map(str, plugin or ())),
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    stderr = Console(stderr=True)
+    comparison = Comparison(settings, out=out, resume=resume)
+    stopped = False
+    try:
+        comparison.run(stderr)
+    except KeyboardInterrupt:
+        stopped = True
+        stderr.print("stopped: what is finished is kept; the same command with --resume goes on", style="yellow")
+    document = comparison.document()
+    if as_json:
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        console = Console()
+        for part in tables(document):
+            console.print(part)
+    if report is not None:
+        from seqwise.lab.report import write_report
+
+        try:
+            write_report(document, report)
+        except OSError as error:
+            raise UsageError(f"cannot write --report {report} ({error.strerror}); give another place") from None
+        stderr.print(f"report: {report}", soft_wrap=True)
+    if stopped or comparison.failed:
+        raise typer.Exit(130 if stopped else 1)
+
+
+@app.command()
+def reproduce(
+    slug: Annotated[Optional[list[str]], typer.Argument(help="Papers, as `seqwise papers` lists them.")] = None,  # noqa: UP045
+    every: Annotated[bool, typer.Option("--all", help="Every paper that has a reproduction.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what is recorded and up to date.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Measure papers' claims again, with a verdict for each."""
+    from seqwise.lab.reproduction import run_reproductions
+
+    results = run_reproductions(slug or [], all=every, force=force, console=Console(stderr=True))
+    if as_json:
+        print(json.dumps({"results": results}, indent=2, ensure_ascii=False))
 
 
 def main(args: Sequence[str] | None = None) -> None:

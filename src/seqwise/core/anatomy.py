@@ -37,6 +37,11 @@ class Vision:
     image_token: int | None
     prunable: bool  # the tower and what follows accept fewer patches
 
+    @property
+    def tiled(self) -> bool:
+        """Images come as several tiles, which the model packs into one run of tokens."""
+        return hasattr(self.owner, "pack_image_features")
+
 
 @dataclass(frozen=True)
 class Anatomy:

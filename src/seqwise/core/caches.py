@@ -17,7 +17,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from seqwise.core.errors import CacheError
 from seqwise.core.ledger import Ledger
+from seqwise.core.observe import probabilities, received
 from seqwise.core.packed import Packed, storage_bytes
+from seqwise.core.select import budget_count, compact, keep_top
 
 _SPARE = 16  # one slot in so many is allocated ahead, so that a step does not copy the whole cache
 
@@ -66,6 +68,7 @@ class SlotLayer(CacheLayerMixin):
         self.state: dict[str, Tensor] = {}  # name -> (B, Hkv or H, n)
         self.in_columns = True  # slots are the columns seen so far, in order
         self.tail = 0  # full-precision slots in use
+        self.unpacked_rows = 0  # rows appended since the last packing, whatever became of them
         self.dead = 0  # slots per head known to be dead and not yet compacted
         self.attached = True
 
@@ -98,7 +101,7 @@ class SlotLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        self.__init__(Ledger(self.ledger.batch, self.ledger.layers), self.index)  # type: ignore[misc]
+        self.__init__(Ledger(self.ledger.batch, self.ledger.layers, self.ledger.method), self.index)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select(beam_idx)
@@ -127,6 +130,7 @@ class SlotLayer(CacheLayerMixin):
         self.keys = _grown(self.keys, self.tail, k)
         self.values = _grown(self.values, self.tail, v)
         self.tail += q
+        self.unpacked_rows += q
         B = k.shape[0]
         order = rows.order[:, None].expand(B, -1, -1)
         self.order = order if self.order is None else _joined(self.order, order)
@@ -188,8 +192,6 @@ class SlotLayer(CacheLayerMixin):
 
     def compact(self) -> None:
         """Drops dead slots from storage, chunk by chunk."""
-        from seqwise.core.select import compact
-
         live = self.live_mask()
         at, indices, lives, chunks = 0, [], [], []
         for chunk in self.chunks:
@@ -233,7 +235,7 @@ class SlotLayer(CacheLayerMixin):
         self._gather_facts(everything, alive if padded else None)
         self.chunks += [Stored(chunk.keys, chunk.values) for chunk in chunks]
         self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
-        self.tail = 0
+        self.tail = self.unpacked_rows = 0
         self.ledger.weigh(self.index, self.nbytes)
 
     def accept(self, path: Tensor, rejected: int) -> None:
@@ -248,6 +250,7 @@ class SlotLayer(CacheLayerMixin):
         self.live = None if self.live is None else self.live.index_select(-1, at)
         self.state = {name: value.index_select(-1, at) for name, value in self.state.items()}
         self.tail = index.shape[0]
+        self.unpacked_rows -= rejected
 
     def select(self, batch: Tensor) -> None:
         """Samples `batch` of the batch axis."""
@@ -261,6 +264,14 @@ class SlotLayer(CacheLayerMixin):
         self.state = {name: value.index_select(0, at) for name, value in self.state.items()}
         if self.index == 0:
             self.ledger.select(batch)
+
+    def capacity(self, budget: int | float) -> list[int] | None:
+        """Slots per sample that a budget allows; None where it drops nothing (the share 1.0)."""
+        if isinstance(budget, int):
+            return [budget] * self.ledger.batch
+        if budget == 1.0:
+            return None
+        return [budget_count(budget, length) for length in self.ledger.base(self.index)]
 
     # accounts
 
@@ -382,8 +393,6 @@ class View:
 
     def received(self, *, heads: str = "kv", **options: Any) -> Tensor:
         """`observe.received` of this layer's rows: fp32 (B, Hkv or H, n); no options beyond weight, rows, reduce."""
-        from seqwise.core.observe import received
-
         if self.row_probabilities is not None and set(options) <= {"weight", "reduce"} and options.get("reduce", "sum") == "sum":
             p = self.row_probabilities  # (B, H, q, n)
             weight = options.get("weight")
@@ -398,13 +407,15 @@ class View:
 
     def capacity(self, budget: int | float) -> list[int] | None:
         """Slots per sample that a budget allows; None where it drops nothing (the share 1.0)."""
-        from seqwise.core.select import budget_count
+        return self.cache.capacity(budget)
 
-        if isinstance(budget, int):
-            return [budget] * self.ledger.batch
-        if budget == 1.0:
-            return None
-        return [budget_count(budget, length) for length in self.ledger.base(self.layer)]
+    def probabilities(self) -> Tensor:
+        """Dense fp32 probabilities (B, H, q, n) of this forward's rows: for few rows (steps), never for prompts."""
+        if self.row_probabilities is None:
+            self.row_probabilities = probabilities(
+                self.query, self.key, self.visible, scaling=self.scaling, softcap=self.softcap
+            )
+        return self.row_probabilities
 
     def keep(
         self,
@@ -416,8 +427,6 @@ class View:
         prefer: str = "earlier",
     ) -> tuple[Tensor, Tensor] | None:
         """The `capacity` best slots by score (B, Hkv, n) and always the `recent` newest tokens; None if all fit."""
-        from seqwise.core.select import keep_top
-
         if capacity is None or self.slots <= min(capacity):
             return None
         if recent:

@@ -51,7 +51,11 @@ def budget_param(default: int | float | None = dataclasses.MISSING, doc: str = "
 class Configured:
     """Base of everything that has hyperparameters. Subclasses are `@dataclass(frozen=True)`."""
 
-    abstract: ClassVar[bool] = True  # set again by each class: a concrete one has `slots` or a `run`
+    abstract: ClassVar[bool] = True  # a class is abstract only if it says so itself
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.abstract = cls.__dict__.get("abstract", False)
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -91,6 +95,8 @@ class Configured:
         values: dict[str, Any] = {}
         for keyword in tree.keywords:
             name = str(keyword.arg)
+            if name in values:
+                raise UsageError(f"{known.__name__}.{name} is given twice")
             if name not in names:
                 raise UsageError(
                     f"{known.__name__} has no field {name!r}; it has {', '.join(names) or 'none'}"
@@ -106,7 +112,7 @@ class Configured:
 
     @classmethod
     def _named(cls, name: str) -> type[Configured]:
-        found = known_classes(cls).get(name)
+        found = {**known_classes(cls), **({} if cls.abstract else {cls.__name__: cls})}.get(name)
         if found is None:
             names = ", ".join(sorted(known_classes(cls)))
             raise UsageError(f"unknown {cls.__name__.lower()} {name!r}; known: {names}")
@@ -117,7 +123,7 @@ def known_classes(base: type[T]) -> dict[str, type[T]]:
     """Concrete subclasses of `base` that have been imported so far, by name (the last definition wins)."""
     found: dict[str, type[T]] = {}
     for child in base.__subclasses__():
-        if not child.__dict__.get("abstract", False):
+        if not child.abstract:
             found[child.__name__] = child
         found.update(known_classes(child))
     return found

@@ -84,10 +84,12 @@ class Stage:
     live: Tensor  # (B, r) bool
     visual: Tensor  # (B, r) bool
     image: Tensor  # (B, r), which image of the sample, -1 elsewhere
-    entered: Tensor  # (B,) visual tokens that the language model got
+    entered: Tensor  # (B, images) visual tokens of each image that the language model got
     state: dict[str, Tensor]  # (B, r) each
+    patches: Tensor  # (B, images) patches of all tiles of each image, as the tower got them
     _project: Callable[[], tuple[Tensor, Tensor, Tensor, float, float | None]]
     _visible: Visible
+    _previous: tuple[Tensor, Tensor, Tensor]
 
     @property
     def after_image(self) -> Tensor:
@@ -99,6 +101,10 @@ class Stage:
         """query (B, H, r, D), key, value (B, Hkv, r, D) of the layer that comes, after its norm and RoPE."""
         query, key, value, *_ = self._project()
         return query, key, value
+
+    def previous(self) -> tuple[Tensor, Tensor, Tensor]:
+        """query, key, value of the layer that has just run, as `projections`."""
+        return self._previous
 
     def received(self, rows: Tensor, **options: Any) -> Tensor:
         """Attention of the layer that comes, summed over rows (B, r) bool: (B, H, r) fp32 (see `observe.received`)."""
@@ -120,7 +126,8 @@ class Block:
     live: Tensor  # (B, h, n) bool
     lengths: Tensor  # (B,) real tokens so far
     state: dict[str, Tensor]  # (B, H, n) each, travels with the slots
-    received: Callable[..., Tensor]  # statistics of the chosen heads: (B, h, n)
+    query_heads: int  # H
+    statistics: Callable[[tuple[str, ...]], dict[str, Tensor]]  # of the chosen heads' whole map: (B, h, n) each
 
 
 @dataclass
@@ -134,6 +141,31 @@ class Read:
     live: Tensor | None  # (B, 1 or Hkv, n), None where all are
     scaling: float
     shared: dict[str, Any]  # lives for one step, across layers
+    cache: SlotLayer
+
+    def capacity(self, budget: int | float) -> list[int] | None:
+        """Slots per sample that a budget allows (a share refers to the prompt); None for the share 1.0."""
+        return self.cache.capacity(budget)
+
+    def positions(self, index: Tensor, live: Tensor) -> Tensor:
+        """Original positions (B, H, k) of slots index (B, H, k), -1 where not live."""
+        assert self.cache.order is not None
+        order = self.cache.order.expand(-1, self.key.shape[1], -1)
+        return gather_heads(order, index).masked_fill(~live, -1)
+
+    def slots_of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots of this layer that hold these original positions (B, H, k), and where they are still held."""
+        assert self.cache.order is not None
+        B, H, k = positions.shape
+        Hkv = self.key.shape[1]
+        sorted_order, at = self.cache.order.expand(B, Hkv, -1).sort(-1)
+        wanted = positions.reshape(B, Hkv, -1)
+        found = torch.searchsorted(sorted_order.contiguous(), wanted.contiguous()).clamp(max=sorted_order.shape[-1] - 1)
+        held = (sorted_order.gather(-1, found) == wanted) & (wanted >= 0)
+        index = at.gather(-1, found)
+        if self.live is not None:
+            held = held & self.live.expand(B, Hkv, -1).gather(-1, index)
+        return index.view(B, H, k), held.view(B, H, k)
 
 
 @dataclass
@@ -162,10 +194,11 @@ class Engine:
         self.plain = False
         self.tree: Tensor | None = None  # (N, N) bool: what each draft node sees of the draft
         self.depth: Tensor | None = None  # (N,) of the draft's nodes
-        self.deferred: dict[int, tuple[Tensor, ...]] | None = None
+        self.deferred: dict[int, tuple[Tensor, float, float | None]] | None = None
         self.shared: dict[str, Any] = {}
         self.row_state: dict[str, Tensor] = {}
         self._probing = False
+        self._previous: tuple[Tensor, Tensor, Tensor] = (torch.zeros(0),) * 3  # of the layer in front of a stage
         self._last_before: Tensor = torch.zeros(0)  # the newest position before the current rows
         self._positions: dict[str, Any] = {}
         self._undos: list[Callable[[], None]] = []
@@ -270,13 +303,15 @@ class Engine:
         mine = None
         if cache is not None and len(cache.layers) and isinstance(cache.layers[0], SlotLayer):
             mine = cache.layers[0].ledger
+            if mine.method != str(self.run.method):
+                raise CacheError(f"this cache was filled under {mine.method}; continue it under the same method")
             if not cache.layers[0].attached:
                 for layer in cache.layers:
                     layer.attached = True
         elif cache is not None and cache.get_seq_length() > 0:
             raise CacheError("this cache was filled without the method; start with an empty one inside `with method.on(model)`")
         if mine is None:
-            mine = Ledger(B, len(self.anatomy.layers))
+            mine = Ledger(B, len(self.anatomy.layers), str(self.run.method))
             self.cache = None
             if self.run.prompt is not None:
                 lengths, mine.expected_columns = self.run.prompt
@@ -322,6 +357,10 @@ class Engine:
         if bool(keep_rows.all()):
             return kwargs
         visual = self.segments.visual
+        copies = int(visual.sum()) // keep_rows.shape[0]  # beams repeat each sample
+        if copies > 1:
+            parts = keep_rows.split(visual[::copies].sum(-1).tolist())
+            keep_rows = torch.cat([part for part in parts for _ in range(copies)])
         keep = torch.ones_like(visual).masked_scatter(visual, keep_rows.to(visual.device))
         rows = ledger.rows[0]
         if rows.live is not None:
@@ -354,10 +393,10 @@ class Engine:
             rows = ledger.rows[0]
             if ledger.phase == "prefill" and ledger.fresh:
                 assert self.segments is not None
-                positions = placer.place(self.segments)
+                positions = placer.place(self.segments, self.anatomy)
                 if not positions.is_floating_point():
                     raise TypeError(f"{placer}.place must return float positions, got {positions.dtype}")
-                ledger.last_position = positions.masked_fill(~self.segments.real, float("-inf")).amax(-1)
+                ledger.last_position = positions.masked_fill(~self.segments.real, float("-inf")).amax(-1).ceil()
                 self.account.acted = True
             else:
                 if ledger.last_position is None:  # a prompt of one token whose first step is a draft
@@ -438,7 +477,10 @@ class Engine:
         order = rows.order.expand(B, -1)
         live = torch.ones(B, r, dtype=torch.bool, device=hidden.device) if rows.live is None else rows.live
         visual, image = self._row_types(order)
-        entered = self.ledger.facts.setdefault("visual", visual.sum(-1))
+        if "entered" not in self.ledger.facts:
+            images = torch.arange(int(image.max()) + 1, device=image.device)
+            self.ledger.facts["entered"] = (image[..., None] == images).sum(1)
+        entered = self.ledger.facts["entered"]
         visible = Visible(rows.order, rows.order[:, None], rows.live, None if rows.live is None else rows.live[:, None], True, self.anatomy.windows[index], 0)
         held: list[Any] = []
 
@@ -447,7 +489,11 @@ class Engine:
                 held.append(self._capture(layer, args, kwargs))
             return held[0]
 
-        stage = Stage(index, len(self.anatomy.layers), order, live, visual, image, entered, self.row_state, project, visible)
+        patches = self._patches(entered)
+        stage = Stage(
+            index, len(self.anatomy.layers), order, live, visual, image, entered, self.row_state, patches, project,
+            visible, self._previous,
+        )  # fmt: skip
         cutter = self.by_slot["layer.rows"]
         keep = cutter.keep_rows(stage)
         if keep is None:
@@ -465,6 +511,13 @@ class Engine:
         if getattr(cutter, "positions", "keep") == "renumber":
             self._renumber(index, live, alive)
         return args, kwargs
+
+    def _patches(self, entered: Tensor) -> Tensor:
+        """Patches of each image's tiles (B, images); without a tower driver, what entered."""
+        if self.towers is None or not self.towers.patches_per_image:
+            return entered
+        left = list(self.towers.patches_per_image)
+        return torch.tensor([[left.pop(0) if n else 0 for n in row] for row in entered.tolist()], device=entered.device)
 
     def _row_types(self, order: Tensor) -> tuple[Tensor, Tensor]:
         """visual and image of the rows with these original positions, from the prompt's segments."""
@@ -564,33 +617,33 @@ class Engine:
             if self.plain or self.ledger is None:
                 visible = Visible.of(query.shape[2], key.shape[2], padding=None if mask is None else mask[:, -key.shape[2] :], window=self.anatomy.windows[index], device=query.device)
                 return attention(query, key, value, visible, scaling=scaling, softcap=softcap, dropout=dropout)[0]
-            return self._attend(index, query, key, value, dropout, scaling, softcap)
+            return self._attend(index, query, key, value, dropout, scaling, softcap, _model_mask(mask, query, key))
 
         return site
 
-    def _visible(self, index: int, q: int, layer: SlotLayer | None) -> Visible:
+    def _visible(self, index: int, q: int, layer: SlotLayer | None, extra: Tensor | None = None) -> Visible:
         assert self.ledger is not None
         rows = self.ledger.rows[index]
         window = self.anatomy.windows[index]
         if layer is None:
             live = None if rows.live is None else rows.live[:, None]
-            return Visible(rows.order, rows.order[:, None], rows.live, live, True, window, 0)
+            return Visible(rows.order, rows.order[:, None], rows.live, live, True, window, 0, extra)
         assert layer.order is not None
         offset = layer.slots - q if layer.in_columns and self.tree is None else None
-        extra = None
         if self.tree is not None:
             extra = torch.ones(1, 1, q, layer.slots, dtype=torch.bool, device=self.tree.device)
             extra[..., layer.slots - q :] = self.tree
         return Visible(rows.order, layer.order, rows.live, layer.live, True, window, offset, extra)
 
     def _attend(
-        self, index: int, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float, softcap: float | None
-    ) -> Tensor:
+        self, index: int, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float,
+        softcap: float | None, extra: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         ledger = self.ledger
         assert ledger is not None
         layer: SlotLayer | None = self.cache.layers[index] if self.cache is not None else None
         H, q, n = query.shape[1], query.shape[2], key.shape[2]
-        visible = self._visible(index, q, layer)
+        visible = self._visible(index, q, layer, extra)
         retainer, storer = self.by_slot.get("cache.retain"), self.by_slot.get("cache.store")
         watching = [m for m in (retainer, storer) if m is not None and layer is not None]
         want = any(method.observes(ledger.phase) for method in watching) and self.tree is None
@@ -601,8 +654,8 @@ class Engine:
 
         chosen = self._read(index, layer, query, key, scaling) if q == 1 and "cache.read" in self.by_slot else None
         if chosen is not None:
-            out = _gathered(query, key, value, chosen, layer, scaling)
-            self.account.pairs += H * chosen.shape[-1]
+            out = _gathered(query, key, value, *chosen, scaling)
+            self.account.pairs += H * chosen[0].shape[-1]
             self.account.acted = True
         else:
             self.account.pairs += H * (q * (n - q) + q * (q + 1) // 2)
@@ -616,18 +669,22 @@ class Engine:
         rewriter = self.by_slot.get("attention.probs")
         if rewriter is not None:
             out = self._rewrite(rewriter, index, query, key, value, out, visible, layer, scaling, softcap, lse)
+        if index + 1 in self.stages and ledger.phase == "prefill":
+            self._previous = (query, key, value)
         if layer is not None and watching:
             if self.deferred is not None:
-                self.deferred[index] = (query, key, value)
+                self.deferred[index] = (query, scaling, softcap)
             else:
                 self._settle(index, layer, query, key, value, scaling, softcap, visible, lse, row_probabilities)
         return out
 
-    def _read(self, index: int, layer: SlotLayer | None, query: Tensor, key: Tensor, scaling: float) -> Tensor | None:
+    def _read(
+        self, index: int, layer: SlotLayer | None, query: Tensor, key: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor] | None:
         assert self.ledger is not None
         if self.ledger.phase != "decode" or layer is None:
             return None
-        read = Read(index, len(self.anatomy.layers), query, key, layer.live, scaling, self.shared)
+        read = Read(index, len(self.anatomy.layers), query, key, layer.live, scaling, self.shared, layer)
         return self.by_slot["cache.read"].read(read)
 
     def _settle(
@@ -647,9 +704,9 @@ class Engine:
                 slots = layer.slots
                 layer.keep(*kept)
                 self.account.acted = self.account.acted or kept[0].shape[-1] < slots or layer.live is not None
-                if storer is not None:
-                    key, value = layer.read()
-                    view.key, view.value = key, value
+                if storer is not None:  # what the rows have shown still holds for the slots that are left
+                    view.key, view.value = layer.read()
+                    view.visible, view.row_probabilities = self._visible(index, query.shape[2], layer), None
         if storer is not None:
             chunks = storer.store(view)
             if chunks:
@@ -673,18 +730,17 @@ class Engine:
         for index, layer in enumerate(self.cache.layers):
             layer.accept(path, count - r)
             if index in deferred:
-                query, _, _ = deferred[index]
-                query = query.index_select(2, path)
+                query, scaling, softcap = deferred[index]
                 key, value = layer.read()
                 visible = self._visible(index, r, layer)
-                self._settle(index, layer, query, key, value, query.shape[-1] ** -0.5, None, visible, None, None)
+                self._settle(index, layer, query.index_select(2, path), key, value, scaling, softcap, visible, None, None)
 
     def _rewrite(
         self, method: Method, index: int, query: Tensor, key: Tensor, value: Tensor, out: Tensor, visible: Visible,
         layer: SlotLayer | None, scaling: float, softcap: float | None, lse: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Replaces the chosen heads' output by rewritten probabilities times values, in blocks of rows."""
-        heads = method.heads(index, self.anatomy)
+        heads = method.rewritten_heads(index, self.anatomy)
         if not heads:
             return out
         ledger = self.ledger
@@ -705,16 +761,14 @@ class Engine:
         own = Visible(visible.order_q, order_k, visible.live_q, live_k, True, visible.window, visible.offset, visible.extra)
         lse = None if lse is None else lse.index_select(1, pick)
 
-        def received(**options: Any) -> Tensor:
-            options.setdefault("reduce", "sum")
+        def statistics(reduce: tuple[str, ...]) -> dict[str, Tensor]:
             return attention_statistics(
-                chosen_q, chosen_k, visible=own, lse=lse, scaling=scaling, softcap=softcap, weight=options.get("weight"),
-                reduce=(options["reduce"],),
-            )[options["reduce"]]  # fmt: skip
+                chosen_q, chosen_k, visible=own, lse=lse, scaling=scaling, softcap=softcap, reduce=reduce  # type: ignore[arg-type]
+            )
 
         live = torch.ones(B, h, n, dtype=torch.bool, device=query.device) if live_k is None else live_k.expand(B, h, n)
         state = layer.state if layer is not None else {}
-        block = Block(index, heads, ledger.phase, visible.order_q, order_k, live, ledger.length, state, received)
+        block = Block(index, heads, ledger.phase, visible.order_q, order_k, live, ledger.length, state, H, statistics)
         method.prepare(block)
         pieces = []
         for start in range(0, q, _REWRITE_ROWS):
@@ -737,6 +791,15 @@ class Engine:
         self.run.tower_kept = kept
         if any(len(row) < self.anatomy.vision.grid[0] * self.anatomy.vision.grid[1] for row in kept if self.anatomy.vision):
             self.account.acted = True
+
+
+def _model_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """A mask of the model's own making, (B or 1, 1, q, n) bool: what may be seen beyond causality and padding."""
+    if mask is None or mask.dim() != 4:
+        return None
+    if mask.shape[-2:] != (query.shape[2], key.shape[2]):
+        raise UnsupportedModel("this model masks its attention by column, which does not fit a cache or rows that shrink")
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -764,20 +827,27 @@ def _weighted(p: Tensor, value: Tensor) -> Tensor:
     return grouped.reshape(B, H, q, value.shape[-1])
 
 
-def _gathered(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, layer: SlotLayer | None, scaling: float
-) -> Tensor:
-    """One-row attention over slots index (B, H, k) of each query head; reads only these keys and values."""
-    B, H, _, D = query.shape
-    Hkv, n = key.shape[1], key.shape[2]
-    g, k = H // Hkv, index.shape[-1]
-    flat = index.reshape(B, Hkv, g * k)
-    keys = key.gather(2, flat[..., None].expand(-1, -1, -1, key.shape[-1])).view(B, H, k, -1)
-    values = value.gather(2, flat[..., None].expand(-1, -1, -1, value.shape[-1])).view(B, H, k, -1)
-    seen = None
-    if layer is not None and layer.live is not None:
-        seen = layer.live.expand(B, Hkv, n).gather(2, flat).view(B, H, 1, k)
-    return torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scaling)
+def gather_heads(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, Hkv, n) at index (B, H, k): each query head reads from its KV head."""
+    B, H, k = index.shape
+    return x.gather(2, index.reshape(B, x.shape[1], -1)).view(B, H, k)
+
+
+def _gathered(query: Tensor, key: Tensor, value: Tensor, index: Tensor, live: Tensor, scaling: float) -> Tensor:
+    """One-row attention over slots index (B, H, k) of each query head; reads only these keys and values.
+
+    live (B, H, k) is False on padding.
+    """
+    B, H, _, _ = query.shape
+    Hkv, k = key.shape[1], index.shape[-1]
+    flat = index.reshape(B, Hkv, -1)
+
+    def read(x: Tensor) -> Tensor:  # (B, H, k, D)
+        return x.gather(2, flat[..., None].expand(-1, -1, -1, x.shape[-1])).view(B, H, k, -1)
+
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, read(key), read(value), attn_mask=live[:, :, None], scale=scaling
+    )
 
 
 __all__ = ["TEXT", "Account", "Block", "Engine", "Read", "Stage", "Transition", "attend"]

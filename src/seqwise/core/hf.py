@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +108,45 @@ def replace_hidden(
     if "hidden_states" in kwargs:
         return args, {**kwargs, "hidden_states": hidden}
     return (hidden, *args[1:]), kwargs
+
+
+def tiles_per_tile(owner: nn.Module, image_sizes: Any) -> list[int]:
+    """For each tile of a tiled model's batch, how many tiles its image has; empty for models without tiles."""
+    count = getattr(sys.modules[type(owner).__module__], "image_size_to_num_patches", None)
+    if image_sizes is None or count is None:
+        return []
+    config: Any = owner.config
+    counts = [
+        count(image_size=size, grid_pinpoints=config.image_grid_pinpoints, patch_size=config.vision_config.image_size)
+        for size in image_sizes
+    ]
+    return [n for n in counts for _ in range(n)]
+
+
+def spread_hidden(output: Any, index: int, rows: Tensor, count: int) -> Any:
+    """The output with entry `index` of its hidden states (1, k, d) spread over `count` rows, zeros elsewhere."""
+    states = list(output["hidden_states"])
+    full = states[index].new_zeros(1, count, states[index].shape[-1])
+    states[index] = full.index_copy(1, rows, states[index])
+    output["hidden_states"] = tuple(states)
+    return output
+
+
+def joined_outputs(outputs: list[Any]) -> Any:
+    """Model outputs of single samples as one batch; entries whose lengths differ are dropped (None)."""
+    first = outputs[0]
+
+    def join(values: list[Any]) -> Any:
+        if isinstance(values[0], Tensor):
+            same = all(value.shape[1:] == values[0].shape[1:] for value in values)
+            return torch.cat(values) if same else None
+        if values[0] is None:
+            return None
+        if isinstance(values[0], tuple):
+            return tuple(join(list(column)) for column in zip(*values))
+        return values[0]
+
+    return type(first)(**{name: join([output[name] for output in outputs]) for name in first})
 
 
 def text_config(model: nn.Module) -> Any:

@@ -54,6 +54,7 @@ class Ledger:
 
     batch: int
     layers: int
+    method: str  # whose slots these are
     phase: Phase = "prefill"
     step: int = 0  # decode rows so far
     columns: int = 0  # columns the model has seen, padding included

@@ -58,7 +58,6 @@ class Method(Configured):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.abstract = cls.__dict__.get("abstract", False)
         unknown = [slot for slot in cls.slots if slot not in SLOTS]
         if unknown:
             raise TypeError(f"{cls.__name__}.slots names {unknown[0]!r}; slots are {', '.join(SLOTS)}")
@@ -110,8 +109,7 @@ class Method(Configured):
         raise NotImplementedError
 
     def keep_input(self, tower: Tower) -> Tensor:
-        """`input.rows`: of each tile's patches those that enter the language model, (tiles, k) ascending or a
-        (tiles, N) bool mask."""
+        """`input.rows`: of each tile's patches those that enter the language model, (tiles, k) ascending."""
         raise NotImplementedError
 
     def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
@@ -130,7 +128,7 @@ class Method(Configured):
         """`layer.rows`, at a stage: (B, r) bool, True on rows that go on; None cuts nothing."""
         raise NotImplementedError
 
-    def heads(self, layer: int, anatomy: Anatomy) -> tuple[int, ...]:
+    def rewritten_heads(self, layer: int, anatomy: Anatomy) -> tuple[int, ...]:
         """`attention.probs`: query heads of this layer whose probabilities `rewrite` replaces."""
         raise NotImplementedError
 
@@ -141,7 +139,7 @@ class Method(Configured):
         """`attention.probs`: (B, h, r, n) fp32 probabilities of the chosen heads for a block of rows -> the same shape."""
         raise NotImplementedError
 
-    def place(self, segments: Segments) -> Tensor:
+    def place(self, segments: Segments, anatomy: Anatomy) -> Tensor:
         """`positions`: RoPE positions (B, N) float32 of a whole prompt from its tokens' types."""
         raise NotImplementedError
 
@@ -158,8 +156,9 @@ class Method(Configured):
         """`cache.store`, after retain: packed chunks that cover the full-precision tail; None leaves it."""
         raise NotImplementedError
 
-    def read(self, read: Read) -> Tensor | None:
-        """`cache.read`, one-row steps: slots (B, H, k) each query head attends to; None reads all."""
+    def read(self, read: Read) -> tuple[Tensor, Tensor] | None:
+        """`cache.read`, one-row steps: slots (B, H, k) each query head attends to, and which of them count (bool, False
+        on padding); None reads all."""
         raise NotImplementedError
 
     def decode(self, loop: Loop) -> Tensor:
@@ -184,11 +183,12 @@ class Composition(Method):
 
     @classmethod
     def of(cls, *methods: Method) -> Composition:
+        for method in methods:
+            if not isinstance(method, Method):
+                raise UsageError(f"only methods compose, got {method!r}")
         members = tuple(part for method in methods for part in method.parts)
         claims: dict[str, Method] = {}
         for member in members:
-            if not isinstance(member, Method):
-                raise UsageError(f"only methods compose, got {member!r}")
             for slot in member.slots:
                 if slot in claims:
                     raise SlotConflict(f"{claims[slot]} and {member} both claim the slot {slot!r}; use one of them")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from seqwise.core.visible import Visible
 
-Reduce = Literal["sum", "mean", "max", "entropy"]
+Reduce = Literal["sum", "mean", "count", "max", "entropy"]
 _ROW_BLOCK = 64
 _COLUMN_TILE = 2048
 
@@ -48,6 +48,7 @@ def received(
     )[reduce]  # fmt: skip
 
 
+@torch.no_grad()
 def attention_statistics(
     query: Tensor,
     key: Tensor,
@@ -69,9 +70,12 @@ def attention_statistics(
     the maximum) over the query heads of each KV head. lse: (B, H, q) log-sum-exp of the scaled logits, if the fused
     kernel gave it; not usable with a softcap.
 
-    Returns fp32: "sum", "mean" (the sum over the number of counted rows that see the slot), "max": (B, H or Hkv, n);
+    Returns fp32: "sum", "max", "mean" (the plain sum over "count"), "count" (rows that see the slot): (B, H or Hkv, n);
     "entropy": (B, H, R), in nats.
     """
+    unknown = [name for name in reduce if name not in get_args(Reduce)]
+    if unknown:
+        raise ValueError(f"reduce must be among {get_args(Reduce)}, got {unknown[0]!r}")
     B, H, q, D = query.shape
     Hkv, n = key.shape[1], key.shape[2]
     if H % Hkv:
@@ -88,10 +92,12 @@ def attention_statistics(
 
     k = key.float().reshape(B * Hkv, n, D)
     block, tile = _block_sizes(R, n, lse is not None)
-    out = {name: torch.zeros(B * Hkv, g, n, device=query.device) for name in reduce if name in ("sum", "max")}
-    if "mean" in reduce:
-        out["mean"] = torch.zeros(B * Hkv, g, n, device=query.device)
-        seen_by = torch.zeros(B, visible.order_k.shape[1], n, device=query.device)
+    out: dict[str, Tensor] = {
+        name: torch.zeros(B * Hkv, g, n, device=query.device) for name in reduce if name in ("sum", "mean", "max")
+    }
+    counting = "mean" in reduce or "count" in reduce
+    seen_heads = max(visible.order_k.shape[1], 1 if visible.live_k is None else visible.live_k.shape[1])
+    seen_by = torch.zeros(B, seen_heads, n, device=query.device)
     entropy = torch.zeros(B, Hkv, g, R, device=query.device) if "entropy" in reduce else None
     buffer = torch.empty(B * Hkv * g * block * min(tile, n), device=query.device)
     ones = torch.ones(1, R, device=query.device) if visible.live_q is None else visible.live_q.float()  # rows that count
@@ -132,6 +138,9 @@ def attention_statistics(
             if entropy is not None and log_p is not None:
                 plogp = torch.where(p > 0, p * log_p, 0.0)
                 entropy[..., start:stop] -= plogp.sum(-1).view(B, Hkv, g, r)
+            if counting:
+                counted = ones[:, None, start:stop, None]
+                seen_by[..., left:right] += counted.sum(-2) if seen is None else (seen.float() * counted).sum(-2)
             if "sum" in out or "mean" in out:
                 w = weights[:, start:stop].expand(B, r)[:, None, None].expand(B, Hkv, 1, r)
                 w = w.reshape(B * Hkv, 1, 1, r)
@@ -140,10 +149,6 @@ def attention_statistics(
                 if "mean" in out:
                     u = ones[:, start:stop].expand(B, r)[:, None, None].expand(B, Hkv, 1, r).reshape(B * Hkv, 1, 1, r)
                     _add_weighted(out["mean"][..., left:right], p.view(B * Hkv, g, r, c), u, heads)
-                    counted = ones[:, None, start:stop, None]
-                    seen_by[..., left:right] += (
-                        counted.sum(-2) if seen is None else (seen.float() * counted).sum(-2)
-                    )
             if "max" in out:
                 if visible.live_q is not None:
                     p5.mul_(visible.live_q[:, None, None, start:stop, None])
@@ -160,6 +165,8 @@ def attention_statistics(
                 result[name] = per_head.reshape(B, H, n)
     if "mean" in result:
         result["mean"] = result["mean"] / _per_head(seen_by, result["mean"].shape[1]).clamp(min=1)
+    if "count" in reduce:
+        result["count"] = seen_by.expand(B, -1, n) if heads == "kv" else _per_head(seen_by, H).expand(B, H, n)
     if entropy is not None:
         result["entropy"] = entropy.view(B, H, R)
     return result
@@ -294,6 +301,9 @@ def _fused(
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=bias, scale=scaling
         )
+        if seen is not None:  # rows that see nothing come as a mean of all values
+            blind = ~seen.any(-1)
+            out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, 0.0)
         return out, lse
     grouped = query.shape[1] != key.shape[1]
     out = scaled_dot_product_attention(

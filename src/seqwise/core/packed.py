@@ -70,7 +70,8 @@ class Packed:
             return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
 
         codes = self.codes.gather(2, index[..., None].expand(-1, -1, -1, self.codes.shape[-1]))
-        return replace(self, codes=codes, minimum=along_tokens(self.minimum), step=along_tokens(self.step))
+        scale = None if self.scale is None else along_tokens(self.scale)
+        return replace(self, codes=codes, minimum=along_tokens(self.minimum), step=along_tokens(self.step), scale=scale)
 
     def select(self, batch: Tensor) -> Packed:
         """Samples `batch` of the batch axis (beam search)."""

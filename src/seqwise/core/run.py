@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -338,7 +338,7 @@ class Run:
             raise CacheError(f"{path} was saved under {facts['method']}; open it under the same method")
         device = next(self.model.parameters()).device
         tensors = {name: x.to(device) for name, x in tensors.items()}
-        ledger = Ledger(layers=len(self.anatomy.layers), phase="decode", fresh=False, **facts["ledger"])
+        ledger = Ledger(layers=len(self.anatomy.layers), method=facts["method"], phase="decode", fresh=False, **facts["ledger"])
         ledger.length, ledger.last_position = tensors["ledger.length"], tensors.get("ledger.last_position")
         ledger.ids = tensors.get("ledger.ids")
         ledger.shift = {int(n.rsplit(".", 1)[1]): x for n, x in tensors.items() if n.startswith("ledger.shift.")}
@@ -398,18 +398,14 @@ class Loop:
         self._cache = kwargs.get("cache", kwargs.get("past_key_values"))
         self.forwards = 0
 
-    @property
-    def max_new_tokens(self) -> int:
-        return int(self.config.max_length) - self.input_ids.shape[1]
-
-    @property
-    def eos(self) -> set[int]:
-        token = self.config.eos_token_id
-        if token is None:
-            return set()
-        if isinstance(token, Tensor):
-            token = token.tolist()
-        return set(token if isinstance(token, Sequence) else [token])
+    def stop(self, ids: Tensor, new: Tensor) -> tuple[int, bool]:
+        """How many of the new tokens (m,) behind ids (1, n) are taken before the caller's criteria stop the text (the
+        stopping token included), and whether they do."""
+        text = torch.cat([ids, new[None]], 1)
+        for taken in range(1, new.shape[0] + 1):
+            if bool(self.stopping_criteria(text[:, : ids.shape[1] + taken], None).all()):
+                return taken, True
+        return new.shape[0], False
 
     def prefill(self) -> None:
         """Runs the prompt but its last token into the cache, vision inputs included; ends the prompt phase."""
@@ -417,7 +413,8 @@ class Loop:
         ids = self.input_ids[:, seen:-1]
         if ids.shape[1]:
             mask = self._kwargs.get("attention_mask")
-            extra = {n: self._kwargs[n] for n in ("pixel_values", "image_sizes", "image_grid_thw") if self._kwargs.get(n) is not None}
+            names = ("mm_encoder_outputs", "pixel_values", "image_sizes", "image_grid_thw")
+            extra = {name: self._kwargs[name] for name in names if self._kwargs.get(name) is not None}
             step = self.run.chunk or ids.shape[1]
             for start in range(0, ids.shape[1], step):
                 stop = min(start + step, ids.shape[1])

@@ -1,8 +1,8 @@
 """Which tokens stay: budgets, top-k with defined ties, per-head keeps under a validity mask. Pure tensor functions.
 
 Ties. Equal tokens at two places have equal scores up to rounding, so a batch and a single prompt could order
-them differently. Scores within `TIE` of each other, relatively, therefore count as equal, and then the earlier
-token (or the later, where a paper says so) wins.
+them differently. Scores are therefore rounded to 16 bits of mantissa (a relative `TIE`) before they are compared, and
+among equals the earlier token (or the later, where a paper says so) wins.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def layer_budget(budget: Budget, layer: int, layers: int, owner: str = "budget")
 
 
 def descending(score: Tensor, prefer: Literal["earlier", "later"] = "earlier") -> Tensor:
-    """Indices (..., n) by falling score (..., n); scores within `TIE` are equal, then `prefer` decides."""
+    """Indices (..., n) by falling score (..., n), rounded to a relative `TIE`; among equals `prefer` decides."""
     bits = score.float().view(torch.int32)
     half = 1 << (_DROPPED_BITS - 1)
     coarse = ((bits + half) & -(1 << _DROPPED_BITS)).view(torch.float32)
@@ -68,7 +68,7 @@ def keep_top(
     Returns (index, live), both (B, H, max(count)): samples with a smaller count are padded with dead slots.
     """
     width = max(count)
-    ranked = score.float().masked_fill(~live, float("-inf"))
+    ranked = score.float().clamp(min=torch.finfo(torch.float32).min / 2).masked_fill(~live, float("-inf"))
     if protected is not None:
         ranked = ranked.masked_fill(protected & live, float("inf"))
     index = descending(ranked, prefer)[..., :width]  # (B, H, width)
@@ -78,6 +78,14 @@ def keep_top(
     place = torch.where(keeps, index, index - score.shape[-1])
     place, inner = place.sort(dim=-1)
     return place.clamp(min=0), keeps.gather(-1, inner)
+
+
+def keep_best(score: Tensor, candidates: Tensor, count: Tensor) -> Tensor:
+    """The `count` (B,) best candidates (B, n) bool by score (B, n), as a mask (B, n); ties to the earlier token."""
+    rank = torch.empty_like(candidates, dtype=torch.long)
+    order = descending(score.float().masked_fill(~candidates, float("-inf")))
+    rank.scatter_(-1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order))
+    return candidates & (rank < count[:, None])
 
 
 def compact(keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,19 @@
 """The vision tower: observe it, shorten it, and tell which of the language model's rows each patch became.
 
-The tower may run on fewer patches; behind the projector the survivors are scattered back onto the full grid, so that a
+The tower may run on fewer patches; the survivors' features then go back to their places on the full grid, so that a
 model's own packing (unpadding, newline rows) works unchanged. The same packing, applied to the keep mask, tells which
 image rows of the language model's input go.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seqwise.core import hf
 from seqwise.core.anatomy import Anatomy, Vision
@@ -24,18 +25,23 @@ from seqwise.core.visible import Visible
 
 @dataclass
 class TowerLayer:
-    """One tower layer that has just run: query, key, value (T, h, n, d) of its attention, CLS rows first."""
+    """One tower layer that has just run on one tile: query, key, value (1, h, n, d) of its attention, CLS rows first.
+
+    Tiles run one by one under a pruner, so that each may drop at its own pace.
+    """
 
     index: int
     feature_layer: int
     specials: int
     grid: tuple[int, int]
     patches: int  # N, before any pruning
+    tiles: int  # tiles of the image that this tile belongs to
+    tiled: bool
     query: Tensor
     key: Tensor
     value: Tensor
     scaling: float
-    state: dict[str, Tensor]  # (T, n patches) each, gathered with the survivors
+    state: dict[str, Tensor]  # (1, n patches) each, gathered with the survivors
 
 
 @dataclass
@@ -45,8 +51,7 @@ class Tower:
     grid: tuple[int, int]
     specials: int
     feature_layer: int
-    patches: int  # N
-    alive: Tensor | None  # (T, k) patches that survived the tower, None for all
+    patches: int  # n that the tower left of each tile
     layers: dict[int, tuple[Tensor, Tensor, Tensor, float]]
 
     def received(self, rows: str = "all", layer: int | None = None) -> Tensor:
@@ -70,7 +75,12 @@ class TowerDriver:
     keep: Tensor | None = None  # (image rows of the batch, in order) bool, for the next language-model forward
     _layers: dict[int, tuple[Tensor, Tensor, Tensor, float]] = field(default_factory=dict)
     _state: dict[str, Tensor] = field(default_factory=dict)
-    _alive: Tensor | None = None
+    _alive: Tensor | None = None  # (1, k) patches of the tile at hand that are left
+    _kept: Tensor | None = None  # (T, N) bool, of all tiles
+    _by_tile: list[tuple[Tensor, dict[int, tuple[Tensor, Tensor, Tensor, float]]]] = field(default_factory=list)
+    _tiles: list[int] = field(default_factory=list)  # per tile, how many its image has
+    _tile: int = 0
+    patches_per_image: list[int] = field(default_factory=list)
     _packing: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     _active: bool = False
 
@@ -91,17 +101,18 @@ class TowerDriver:
         undos = [hf.route_attention(list(vision.tower.modules()))]
         for i, layer in enumerate(vision.layers):
             undos.append(layer.register_forward_hook(self._after_layer(i)).remove)
-        assert vision.projector is not None
-        undos.append(vision.projector.register_forward_hook(self._after_projector).remove)
+        if self.pruner is not None:
+            undos.append(self._override("forward", self._tile_by_tile, vision.tower))
         undos.append(self._override("get_image_features", self._get_image_features))
         if hasattr(vision.owner, "pack_image_features"):
             undos.append(self._override("pack_image_features", self._pack))
         return undos
 
-    def _override(self, name: str, make: Callable[..., Any]) -> Callable[[], None]:
-        owner, original = self.vision.owner, getattr(self.vision.owner, name)
-        own = name in vars(owner)
+    def _override(self, name: str, make: Callable[..., Any], owner: nn.Module | None = None) -> Callable[[], None]:
+        owner = self.vision.owner if owner is None else owner
+        original, own = getattr(owner, name), name in vars(owner)
 
+        @functools.wraps(original)  # generate reads the signature to know what to pass
         def call(*args: Any, **kwargs: Any) -> Any:
             return make(original, *args, **kwargs)
 
@@ -136,10 +147,10 @@ class TowerDriver:
             specials = self.vision.specials
             n = hidden.shape[1] - specials
             if self._alive is None:
-                self._alive = torch.arange(n, device=hidden.device).expand(hidden.shape[0], -1)
+                self._alive = torch.arange(n, device=hidden.device)[None]
             seen = TowerLayer(
                 index, self.vision.feature_layer, specials, self.vision.grid, self.vision.grid[0] * self.vision.grid[1],
-                query, key, value, scaling, self._state,
+                self._tiles[self._tile] if self._tiles else 1, bool(self._tiles), query, key, value, scaling, self._state,
             )  # fmt: skip
             keep = self.pruner.prune_tower(seen)
             if keep is None or keep.shape[1] == n:
@@ -151,14 +162,23 @@ class TowerDriver:
 
         return hook
 
-    def _after_projector(self, module: Any, args: Any, output: Tensor) -> Tensor | None:
-        if not self._active or self._alive is None:
-            return None
-        N = self.vision.grid[0] * self.vision.grid[1]
-        if output.shape[1] == N:
-            return None
-        full = output.new_zeros(output.shape[0], N, output.shape[-1])
-        return full.scatter(1, self._alive[..., None].expand(-1, -1, output.shape[-1]), output)
+    def _tile_by_tile(self, original: Callable[..., Any], pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The tower on each tile alone; the survivors' features go back to their places on the full grid."""
+        if not self._active:
+            return original(pixel_values, *args, **kwargs)
+        outputs, survivors, self._by_tile = [], [], []
+        N, specials = self.vision.grid[0] * self.vision.grid[1], self.vision.specials
+        for self._tile, tile in enumerate(pixel_values.split(1)):
+            self._alive, self._state, self._layers = None, {}, {}
+            output = original(tile, *args, **kwargs)
+            assert self._alive is not None
+            survivors.append(self._alive[0])
+            self._by_tile.append((self._alive, self._layers))
+            rows = torch.cat([torch.arange(specials, device=tile.device), self._alive[0] + specials])
+            outputs.append(hf.spread_hidden(output, self.vision.feature_layer + 1, rows, specials + N))
+        self._alive = None
+        self._kept = torch.stack([torch.zeros(N, device=alive.device).scatter(0, alive, 1.0) for alive in survivors]) > 0
+        return hf.joined_outputs(outputs)
 
     def _pack(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._packing = (args, kwargs)
@@ -167,13 +187,20 @@ class TowerDriver:
     def _get_image_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.resting():
             return original(*args, **kwargs)
-        self._layers, self._state, self._alive, self._packing = {}, {}, None, None
+        self._layers, self._kept, self._packing = {}, None, None
+        self._tiles = hf.tiles_per_tile(self.vision.owner, kwargs.get("image_sizes"))
+        N = self.vision.grid[0] * self.vision.grid[1]
+        self.patches_per_image = []
+        at = 0
+        while at < len(self._tiles):
+            self.patches_per_image.append(self._tiles[at] * N)
+            at += self._tiles[at]
         self._active = True
         try:
             result = original(*args, **kwargs)
         finally:
             self._active = False
-        keep = self._kept()  # (T, N) bool
+        keep = self._choose()  # (T, N) bool
         flat = self._to_rows(keep)
         total = sum(feature.shape[0] for feature in result.pooler_output)
         if flat.shape[0] != total:
@@ -182,25 +209,25 @@ class TowerDriver:
         self._layers = {}
         return result
 
-    def _kept(self) -> Tensor:
-        grid = self.vision.grid
-        N = grid[0] * grid[1]
-        tiles = next(iter(self._layers.values()))[0].shape[0]
-        device = next(iter(self._layers.values()))[0].device
-        keep = torch.ones(tiles, N, dtype=torch.bool, device=device)
-        if self._alive is not None:
-            keep = torch.zeros_like(keep).scatter(1, self._alive, True)
+    def _choose(self) -> Tensor:
+        """(T, N) bool: the patches that the tower and the reducer leave."""
+        query = self._layers[self.vision.feature_layer][0]
+        N = self.vision.grid[0] * self.vision.grid[1]
+        keep = self._kept
+        if keep is None:
+            keep = torch.ones(query.shape[0], N, dtype=torch.bool, device=query.device)
+        else:
             self.on_kept("tower", [row.nonzero()[:, 0].tolist() for row in keep])
-        if self.reducer is not None:
-            tower = Tower(grid, self.vision.specials, self.vision.feature_layer, N, self._alive, self._layers)
-            chosen = self.reducer.keep_input(tower)
-            if chosen.dtype != torch.bool:
-                mask = torch.zeros(tiles, N if self._alive is None else self._alive.shape[1], dtype=torch.bool, device=device)
-                chosen = mask.scatter(1, chosen, True)
-            if self._alive is not None and chosen.shape[1] != N:
-                chosen = torch.zeros(tiles, N, dtype=torch.bool, device=device).scatter(1, self._alive, chosen)
-            keep = keep & chosen
-        return keep
+        if self.reducer is None:
+            return keep
+        everything = torch.arange(N, device=keep.device).expand(keep.shape[0], -1)
+        tiles = self._by_tile if self._kept is not None else [(everything, self._layers)]
+        chosen = []
+        for alive, layers in tiles:  # all tiles at once, or each with the patches that the tower left of it
+            tower = Tower(self.vision.grid, self.vision.specials, self.vision.feature_layer, alive.shape[1], layers)
+            index = self.reducer.keep_input(tower)
+            chosen.append(torch.zeros(alive.shape[0], N, device=keep.device).scatter(1, alive.gather(1, index), 1.0))
+        return torch.cat(chosen) > 0
 
     def _to_rows(self, keep: Tensor) -> Tensor:
         """The keep mask of patches (T, N) as one of the language model's image rows, through the model's own packing.

@@ -79,9 +79,9 @@ class Visible:
     def take(self, rows: Tensor | slice) -> Visible:
         """The same slots seen by some of the rows: a slice, (R,) or (B, R) indices."""
         if isinstance(rows, slice):
-            start, stop, _ = rows.indices(self.rows)
-            offset = None if self.offset is None else self.offset + start
-            pick = slice(start, stop)
+            start, stop, step = rows.indices(self.rows)
+            offset = None if self.offset is None or step != 1 else self.offset + start
+            pick = slice(start, stop, step)
             order_q = self.order_q[:, pick]
             live_q = None if self.live_q is None else self.live_q[:, pick]
             extra = None if self.extra is None else self.extra[:, :, pick]

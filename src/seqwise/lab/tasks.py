@@ -14,7 +14,6 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -24,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from seqwise.core.config import Configured, param
 from seqwise.core.errors import UsageError
-from seqwise.lab.zoo.text import count, fit, passage
+from seqwise.lab.zoo.text import count, fit, passage, passages
 
 Better: TypeAlias = Literal["higher", "lower"]
 SEPARATOR = "\n\n"
@@ -283,7 +282,7 @@ class Continuing(Task):
     continuation: int = param(128, ge=1, doc="tokens after the context")
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase, n: int, seed: int, length: int) -> list[Prompt]:
-        _check_length(self, length, at_least=16)
+        _check_length(length, at_least=16)
         items = []
         for text in passages(seed, tokenizer, length + self.continuation, n):
             context = fit(text, tokenizer, length)
@@ -355,7 +354,7 @@ def _hide(
 ) -> str:
     """Real text with each of `told` at its depth, at most `length` tokens together."""
     needed = sum(count(f" {text}", tokenizer) for text in told)
-    _check_length("the context", length, at_least=needed + 16)
+    _check_length(length, at_least=needed + 16)
     room = length - needed
     filler = passage(draw, tokenizer, room)
     while count(context := _insert(filler, told, depths), tokenizer) > length:  # tokens split where texts meet
@@ -371,7 +370,13 @@ def _insert(filler: str, told: list[str], depths: list[float]) -> str:
     for place, text in sorted(zip(places, told), key=lambda pair: pair[0]):
         parts += [filler[last:place].rstrip(), text]
         last = place
-    return re.sub(r" *\n+ *", _newlines, " ".join([*parts, filler[last:].lstrip(" ")])).strip()
+    joined = " ".join([*parts, filler[last:].lstrip(" ")])
+    return re.sub(r" *\n[ \n]*", lambda gap: "\n\n" if gap[0].count("\n") > 1 else "\n", joined).strip()
+
+
+def _check_length(length: int, at_least: int) -> None:
+    if length < at_least:
+        raise UsageError(f"length must be >= {at_least} tokens for this task, got {length}")
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[str, int]:

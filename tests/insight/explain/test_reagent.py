@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from seqwise.core.attribution import Span
 from seqwise.core.errors import PromptError, UsageError
+from seqwise.insight.explain.base import Explainer
 from seqwise.insight.explain.reagent import (
     ReAGent,
     aggregate,
@@ -363,7 +364,7 @@ def test_texts_and_special_tokens_come_from_the_tokenizer():
     assert found.inputs == ("[S]", " w8", " w9") and found.targets == (" w10",)
     assert found.spans == (Span("special", 0, 1),)
     assert found.method == str(ReAGent(max_steps=1))
-    assert ReAGent.parse(found.method) == ReAGent(max_steps=1)
+    assert Explainer.parse(found.method) == ReAGent(max_steps=1)
 
 
 @pytest.mark.parametrize(

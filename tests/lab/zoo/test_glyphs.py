@@ -6,9 +6,7 @@ from seqwise.lab.zoo import glyphs
 
 def patches(drawn: glyphs.GlyphBatch) -> torch.Tensor:  # (B, 36, 3, 4, 4)
     image = drawn.pixel_values
-    return torch.stack(
-        [image[:, :, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4] for r in range(6) for c in range(6)], dim=1
-    )
+    return torch.stack([image[:, :, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4] for r in range(6) for c in range(6)], dim=1)
 
 
 def test_the_image_holds_what_the_answer_says():

@@ -112,6 +112,17 @@ def test_rows_of_different_length_take_what_they_have():
     torch.testing.assert_close(selected_attention(q, K, V, idx, live=live), expected)
 
 
+def test_each_kv_head_may_hold_other_live_slots():
+    q, K, V = tensors(11)
+    live = torch.rand(2, 2, 23, generator=torch.Generator().manual_seed(1)) < 0.4
+    live[..., -1] = True
+    seen = live.repeat_interleave(3, dim=1)  # (B, H, n)
+    idx = select(scores(q, K, live=live), 23)
+    torch.testing.assert_close(selected_attention(q, K, V, idx, live=live), dense(q, K, V, seen)[1])
+    best = select(dense(q, K, V, seen)[0], 4)
+    assert torch.equal(select(scores(q, K, live=live), 4), best)
+
+
 def test_scaling_is_the_callers():
     q, K, V = tensors(8)
     idx = select(scores(q, K), 6)

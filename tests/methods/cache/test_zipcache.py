@@ -84,6 +84,12 @@ def test_saliency_of_a_left_padded_sample_equals_its_own():
         assert not s[0, :, :pads].any()
 
 
+def test_a_token_that_no_probe_row_sees_scores_zero():
+    received = torch.tensor([[[1.0, 0.5, 0.5, 0.0, 0.0]]])
+    for denominator in ("probe", "all"):
+        assert saliency(received, torch.tensor([1, 2]), denominator=denominator)[0, 0, 3:].tolist() == [0, 0]
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 30), st.sampled_from([0.0, 0.1, 0.4, 0.6, 1.0]))
 def test_split_is_a_partition_by_rising_score(seed, n, ratio):
@@ -201,6 +207,7 @@ def test_constant_channels_single_tokens_and_dead_channels():
     x[..., 1] = -0.7
     assert torch.equal(dequantize(*quantize_keys(x, 4))[..., 1], x[..., 1])
     single = x[:, :, :1]
+    assert (quantize_keys(single, 2)[2] > 0).all()  # 0 / 0 has no integer code
     assert torch.equal(dequantize(*quantize_keys(single, 2)), single)
     x[..., 1] = 0.0
     back = dequantize(*quantize_values(x, 4, channel_scale(x)))
@@ -257,6 +264,16 @@ def test_padding_and_batch_mates_change_nothing(junk):
         together = compress(torch.cat([padded(keys), mate]), torch.cat([padded(values), mate]), scores, form)
         for one, both in zip(alone, together, strict=True):
             assert torch.equal(both[:1, :, 9:], one)
+
+
+def test_dead_entries_have_code_zero_and_finite_parameters():
+    x = torch.randn(2, 2, 5, 3, generator=seeded(12))
+    x[0] = float("nan")
+    x[1, :, 2] = -9.0
+    live = torch.tensor([[False] * 5, [True, True, False, True, True]])
+    for codes, *parameters in (quantize_keys(x, 2, live), quantize_values(x, 2, channel_scale(x, live), live)):
+        assert not codes[0].any() and not codes[1, :, 2].any()
+        assert all(parameter.isfinite().all() for parameter in parameters)
 
 
 def test_half_precision_input_is_quantised_in_float32():

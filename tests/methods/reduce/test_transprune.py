@@ -111,9 +111,7 @@ def test_instruction_attention_refuses_a_span_that_cannot_be(image):
 
 def test_stage_score_adds_both_shares():
     ttv, iga = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([[0.02, 0.02], [0.01, 0.03]])
-    torch.testing.assert_close(
-        stage_score(ttv, iga), torch.tensor([[0.75, 1.25], [0.25, 0.75]]), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(stage_score(ttv, iga), torch.tensor([[0.75, 1.25], [0.25, 0.75]]), atol=1e-5, rtol=0)
     torch.testing.assert_close(stage_score(ttv, None), torch.tensor([[0.25, 0.75], [0.0, 0.0]]))
     torch.testing.assert_close(stage_score(None, iga), iga / (iga.sum(-1, keepdim=True) + 1e-8))
 

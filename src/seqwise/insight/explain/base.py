@@ -105,7 +105,7 @@ class Faithfulness:
 
 
 def faithfulness(
-    model: nn.Module,
+    model: Any,
     attribution: Attribution,
     input_ids: Tensor | None = None,
     *,
@@ -130,7 +130,7 @@ def faithfulness(
         raise UnsupportedModel("faithfulness masks embeddings; this model has no get_input_embeddings()")
     ns, nc = [], []
     with reading(model):
-        embed: Any = model.get_input_embeddings()
+        embed = model.get_input_embeddings()
         embeddings: Tensor = embed(torch.as_tensor(ids, device=embed.weight.device))  # (n, D)
         for t, count in enumerate(attribution.seen):
             s = keep_probabilities(attribution.scores[t, :count], softmax=softmax)  # (n,)

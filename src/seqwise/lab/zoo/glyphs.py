@@ -158,9 +158,7 @@ def train(
     optimizer = torch.optim.AdamW([*model.parameters(), *presence.parameters()], lr=1e-3)
     for step in range(1, steps + 1):
         drawn = _draw(64, generator, "scattered")
-        out = model(
-            input_ids=drawn.input_ids, pixel_values=drawn.pixel_values, logits_to_keep=1, use_cache=False
-        )
+        out = model(input_ids=drawn.input_ids, pixel_values=drawn.pixel_values, logits_to_keep=1, use_cache=False)
         cls = out.image_outputs.hidden_states[model.config.vision_feature_layer][:, 0]  # (B, 64)
         scene = presence(cls).unflatten(-1, (KEYS, -1))  # (B, 8, 7)
         loss = nn.functional.cross_entropy(out.logits[:, -1], drawn.answers)
@@ -176,7 +174,5 @@ def train(
 def accuracy(model: nn.Module, drawn: GlyphBatch) -> float:
     """Share of questions, in [0, 1], whose most probable next token is the answer."""
     with torch.no_grad():
-        out = model(
-            input_ids=drawn.input_ids, pixel_values=drawn.pixel_values, logits_to_keep=1, use_cache=False
-        )
+        out = model(input_ids=drawn.input_ids, pixel_values=drawn.pixel_values, logits_to_keep=1, use_cache=False)
     return (out.logits[:, -1].argmax(-1) == drawn.answers).double().mean().item()

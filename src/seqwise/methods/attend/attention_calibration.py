@@ -15,10 +15,24 @@ The official code drops the first element it finds above tau instead of token 0,
 sink whenever token 0 is below tau, and mishandles single rows; both are corrected here.
 """
 
+from __future__ import annotations
+
+import hashlib
+import json
 import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from seqwise.core.anatomy import Anatomy
+from seqwise.core.engine import Block
+from seqwise.core.errors import UnsupportedModel, UsageError
+from seqwise.core.method import Method, param
 
 
 def column_mean(A: Tensor, live: Tensor | None = None, window: int | None = None) -> Tensor:
@@ -127,3 +141,149 @@ def accepted_heads(accuracy: Tensor, baseline: float, margin: float = 0.0) -> tu
 def _check_beta(beta: float) -> None:
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1], got {beta} (share of a sink's attention that stays)")
+
+
+@dataclass(frozen=True)
+class AttentionCalibration(Method):
+    """ACT: lowers later sinks in chosen heads of a prompt's attention, and in the steps that follow.
+
+    beta: share of a sink's attention that stays. threshold: see the function of this name. heads: (layer, head) pairs,
+    0-based, as `fit` finds them; None calibrates every head of the calibrated layers. fingerprint, seed, data: of the
+    model, the order of the search and the data that `fit` used; another model is refused.
+    """
+
+    beta: float = param(0.4, ge=0, le=1, doc="share of a sink's attention that stays")
+    threshold: str = "absolute:0.1"
+    heads: tuple[tuple[int, int], ...] | None = None
+    fingerprint: str = ""
+    seed: int = param(0, ge=0)
+    data: str = ""
+
+    slots: ClassVar[tuple[str, ...]] = ("attention.probs",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            threshold(self.threshold, 1)
+        except ValueError as error:
+            raise ValueError(f"AttentionCalibration.{error}") from None
+
+    def identity(self) -> Method:
+        return replace(self, beta=1.0)
+
+    def check(self, anatomy: Anatomy) -> None:
+        if self.fingerprint and self.fingerprint != anatomy.fingerprint:
+            raise UnsupportedModel(
+                f"AttentionCalibration was fitted on another model ({self.fingerprint}, this one is "
+                f"{anatomy.fingerprint}); run fit on this model"
+            )
+        for layer, head in self.heads or ():
+            if not (0 <= layer < len(anatomy.layers) and 0 <= head < anatomy.heads):
+                raise UnsupportedModel(
+                    f"AttentionCalibration.heads must be in [0, {len(anatomy.layers) - 1}] x [0, {anatomy.heads - 1}], "
+                    f"got {(layer, head)}"
+                )
+
+    def rewritten_heads(self, layer: int, anatomy: Anatomy) -> tuple[int, ...]:
+        if self.heads is not None:
+            return tuple(head for at, head in self.heads if at == layer)
+        spare_last = getattr(anatomy.config, "model_type", "") != "mistral"
+        return tuple(range(anatomy.heads)) if layer in calibrated_layers(len(anatomy.layers), spare_last) else ()
+
+    def prepare(self, block: Block) -> None:
+        """S from the prompt's running column sums; steps keep it, and what they append is no sink."""
+        if block.phase != "prefill":
+            return
+        found = block.statistics(("sum", "count"))  # (B, h, n) each
+        H = block.query_heads
+        at = torch.tensor(block.heads, device=found["sum"].device)
+        for name, value in (("act_sum", found["sum"]), ("act_count", found["count"])):
+            total = block.state.get(name)
+            if total is None:
+                total = torch.zeros(value.shape[0], H, value.shape[2], device=value.device)
+            block.state[name] = total.index_copy(1, at, total.index_select(1, at) + value)
+        a = mean_from_sums(block.state["act_sum"][:, at], block.state["act_count"][:, at])
+        tau = threshold(self.threshold, block.lengths[:, None, None])
+        sinks = (a > tau) & block.live & (block.order > 0)  # never the first real token
+        marked = torch.zeros_like(block.state["act_sum"])
+        block.state["act_sink"] = marked.index_copy(1, at, sinks.float())
+
+    def rewrite(self, probabilities: Tensor, block: Block) -> Tensor:
+        if "act_sink" not in block.state:
+            return probabilities
+        at = torch.tensor(block.heads, device=probabilities.device)
+        S = block.state["act_sink"].index_select(1, at) > 0
+        return calibrate(probabilities, S, self.beta, block.live)
+
+    def fit(
+        self,
+        model: nn.Module,
+        data: Sequence[dict[str, Any]],
+        *,
+        seed: int = 0,
+        budget_s: float | None = None,
+        margin: float = 0.0,
+        resume: str | Path | None = None,
+    ) -> AttentionCalibration:
+        """Keeps the heads whose accuracy rises by more than `margin` when each is calibrated alone.
+
+        data: labelled items, each {"input_ids": (n,) long, "choices": token ids, "label": index of the right one}; the
+        choice of the highest next-token probability counts. seed: order in which heads are tried. budget_s: seconds
+        after which no further head is begun; untried heads are left out. resume: a JSON file that keeps the accuracies
+        found so far, of this model and data only.
+        """
+        if not data:
+            raise UsageError("data must hold at least one labelled item, got none")
+        anatomy = Anatomy.of(model)
+        digest = hashlib.sha256(json.dumps([_plain(item) for item in data]).encode()).hexdigest()[:16]
+        key = f"{anatomy.fingerprint} {digest} beta={self.beta} {self.threshold}"
+        known = _known(resume, key)
+        pairs = [
+            (layer, head)
+            for layer in range(len(anatomy.layers))
+            for head in replace(self, heads=None).rewritten_heads(layer, anatomy)
+        ]
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+        baseline = _accuracy(model, data)
+        start = time.monotonic()
+        for at in order:
+            name = "{}.{}".format(*pairs[at])
+            if name in known:
+                continue
+            if budget_s is not None and time.monotonic() - start > budget_s:
+                break
+            with replace(self, heads=(pairs[at],), fingerprint="").on(model):
+                known[name] = _accuracy(model, data)
+            if resume is not None:
+                Path(resume).write_text(json.dumps({"key": key, "accuracy": known}))
+        accuracy = torch.full((len(anatomy.layers), anatomy.heads), math.nan)
+        for name, value in known.items():
+            layer, head = map(int, name.split("."))
+            accuracy[layer, head] = value
+        heads = accepted_heads(accuracy, baseline, margin)
+        return replace(self, heads=heads, fingerprint=anatomy.fingerprint, seed=seed, data=digest)
+
+
+def _plain(item: dict[str, Any]) -> list[Any]:
+    return [item["input_ids"].tolist(), list(map(int, item["choices"])), int(item["label"])]
+
+
+def _known(resume: str | Path | None, key: str) -> dict[str, float]:
+    if resume is None or not Path(resume).exists():
+        return {}
+    saved = json.loads(Path(resume).read_text())
+    if saved.get("key") != key:
+        raise UsageError(f"{resume} holds a search on another model, data or setting; remove it or name another file")
+    return dict(saved["accuracy"])
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, data: Sequence[dict[str, Any]]) -> float:
+    """Share of items whose right choice has the highest next-token probability."""
+    device = next(model.parameters()).device
+    right = 0
+    for item in data:
+        logits = model(item["input_ids"][None].to(device), use_cache=False).logits[0, -1]
+        choices = torch.as_tensor(item["choices"], device=device)
+        right += int(logits[choices].argmax()) == int(item["label"])
+    return right / len(data)

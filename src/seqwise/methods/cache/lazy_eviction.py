@@ -22,12 +22,16 @@ The constants 1 and 1e-5 are the code's.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from seqwise.core.select import top_k
+from seqwise.core.caches import View
+from seqwise.core.errors import PromptError
+from seqwise.core.method import Method, budget_param, param
+from seqwise.core.select import layer_budget, top_k
 
 _EPSILON = 1e-5
 
@@ -84,3 +88,61 @@ def select(score: Tensor, budget: int, window: int) -> Tensor:
     best = top_k(score[..., :old], budget - window, prefer="later")  # (..., min(budget - window, old))
     newest = torch.arange(old, slots, device=score.device).expand(*score.shape[:-1], -1)
     return torch.cat([best, newest], -1)
+
+
+@dataclass(frozen=True)
+class LazyEviction(Method):
+    """Evicts in batches while decoding, and keeps tokens that are still inside their usual silence.
+
+    budget: slots per layer and KV head (the cache grows to budget + window - 1 in between): tokens, or the share of
+    the prompt's real tokens. window: W, steps between evictions and newest slots always kept; about the 80th
+    percentile of the recurrence intervals (27 to 363 in the official scripts). alpha: attention from which a slot
+    counts as active (1e-4 or 5e-4 in the official scripts at 1,500 slots). score: see `mri_score`.
+    """
+
+    budget: int | float | tuple[int | float, ...] = budget_param(0.5, "KV slots kept per layer and head")
+    window: int = param(27, ge=1, doc="steps between evictions, newest slots always kept")
+    alpha: float = param(5e-4, gt=0, lt=1, doc="attention from which a slot is active")
+    score: Literal["code", "first_term"] = "code"
+
+    slots: ClassVar[tuple[str, ...]] = ("cache.retain",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for budget in self.budget if isinstance(self.budget, tuple) else (self.budget,):
+            if isinstance(budget, int) and self.window >= budget:
+                raise ValueError(f"LazyEviction.window must be in [1, budget) = [1, {budget}), got {self.window}")
+
+    def identity(self) -> Method:
+        return replace(self, budget=1.0)
+
+    def observes(self, phase: str) -> bool:
+        return phase == "decode"
+
+    def retain(self, view: View) -> tuple[Tensor, Tensor] | None:
+        capacity = view.capacity(layer_budget(self.budget, view.layer, view.layers, "LazyEviction.budget"))
+        if view.phase == "prefill":
+            if capacity is not None and view.final and min(capacity) <= self.window:
+                raise PromptError(
+                    f"LazyEviction.window must be < the budget, which is {min(capacity)} slots for this prompt, "
+                    f"got {self.window}"
+                )
+            return None
+        attention = group_attention(view.probabilities().transpose(1, 2), view.key.shape[1])  # (B, q, Hkv, n)
+        first = view.step - view.new + 1  # step of this forward's first row
+        last, mri = self._state(view, first)
+        for row in range(view.new):
+            last, mri = track(last, mri, attention[:, row], self.alpha, first + row)
+        view.state["last"], view.state["mri"] = last, mri
+        if capacity is None or view.step // self.window == (first - 1) // self.window:
+            return None
+        score = mri_score(view.step, last, mri, self.score)
+        return view.keep(score, capacity, recent=self.window, prefer="later")
+
+    def _state(self, view: View, first: int) -> tuple[Tensor, Tensor]:
+        """last and mri (B, Hkv, n) before this forward's rows; its own slots were born one step before each."""
+        shape = (*view.key.shape[:2], view.slots)
+        zeros = torch.zeros(shape, dtype=torch.int32, device=view.key.device)
+        last, mri = view.state.get("last", zeros), view.state.get("mri", zeros)
+        born = torch.arange(first - 1, first - 1 + view.new, dtype=torch.int32, device=view.key.device)
+        return torch.cat([last[..., : view.slots - view.new], born.expand(*shape[:2], -1)], -1), mri

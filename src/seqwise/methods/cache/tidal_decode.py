@@ -19,12 +19,17 @@ s = 2 and c = 13 are the code's for a model of 32 layers; c is chosen per model.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
+from seqwise.core.anatomy import Anatomy
+from seqwise.core.engine import Read
+from seqwise.core.errors import UnsupportedModel
+from seqwise.core.method import Method, budget_param, param
 from seqwise.core.select import top_k
 
 Role = Literal["full", "select", "reuse"]
@@ -104,3 +109,58 @@ def selected_attention(
 def _per_query_head(live: Tensor, heads: int) -> Tensor:  # (B, 1 or H, n)
     live = live.bool()[:, None] if live.dim() == 2 else live.bool()
     return live if live.shape[1] == 1 else live.repeat_interleave(heads // live.shape[1], dim=1)
+
+
+@dataclass(frozen=True)
+class TidalDecode(Method):
+    """Reads only the positions that a selection layer found important; the cache itself stays whole.
+
+    budget: k, positions read per query head in the layers that reuse a selection: tokens, or the share of the prompt's
+    real tokens. start, correction: 0-based layers that select; `correction` is a choice per model.
+    keep_current: see `select`.
+    """
+
+    budget: int | float = budget_param(256, "positions read per query head")
+    start: int = param(2, ge=0, doc="first layer that selects, 0-based")
+    correction: int = param(13, ge=1, doc="layer that selects again, 0-based")
+    keep_current: bool = True
+
+    slots: ClassVar[tuple[str, ...]] = ("cache.read",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.budget, tuple):
+            raise ValueError(f"TidalDecode.budget must be one number for all layers, got {self.budget!r}")
+        if self.start >= self.correction:
+            raise ValueError(
+                f"TidalDecode.start must be in [0, correction) = [0, {self.correction}), got {self.start}"
+            )
+
+    def identity(self) -> Method:
+        return replace(self, budget=1.0)
+
+    def needs(self) -> set[str]:
+        return {"full attention"}
+
+    def check(self, anatomy: Anatomy) -> None:
+        if self.correction >= len(anatomy.layers):
+            raise UnsupportedModel(
+                f"TidalDecode.correction must be < the model's {len(anatomy.layers)} layers, got {self.correction}; "
+                "choose a layer of this model"
+            )
+
+    def read(self, read: Read) -> tuple[Tensor, Tensor] | None:
+        role = schedule(read.layers, self.start, self.correction)[read.layer]
+        budgets = read.capacity(self.budget)
+        if role == "full" or budgets is None:
+            return None
+        if role == "reuse":
+            return read.slots_of(read.shared["positions"])
+        z = scores(read.query, read.key, live=read.live, scaling=read.scaling)
+        # samples may have different budgets: each selects alone, and what fills up is not live
+        width = min(max(budgets), z.shape[-1])
+        chosen = [select(z[b : b + 1], k, self.keep_current) for b, k in enumerate(budgets)]
+        index = torch.cat([pad(I, (width - I.shape[-1], 0), value=-1) for I in chosen])  # (B, H, width)
+        live = (index >= 0) & (z.gather(-1, index.clamp(min=0)) > float("-inf"))
+        read.shared["positions"] = read.positions(index.clamp(min=0), live)
+        return None

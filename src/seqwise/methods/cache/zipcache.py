@@ -22,11 +22,15 @@ probes stand mostly at the end. Probe rows are drawn without repetition (the cod
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from seqwise.core.caches import Chunk, View
+from seqwise.core.method import Method, param, seeded
+from seqwise.core.packed import Packed
 from seqwise.core.select import compact, descending
 
 BITS = (1, 2, 4, 8)
@@ -156,3 +160,97 @@ def _live(live: Tensor | None, like: Tensor) -> Tensor:  # (B, Hkv, n), as `like
 
 def _tiny() -> float:
     return torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class ZipCache(Method):
+    """Stores the cache in `bits` = (salient, unsalient) bits per element; nothing is evicted.
+
+    ratio: rho, share of unsalient tokens. gap: new tokens that stay in full precision until they are stored together.
+    denominator: see `saliency`. probe: what scores the tokens of a gap, the current row ("last", the code) or 10 % of
+    the gap's rows ("sampled", the paper).
+    """
+
+    bits: tuple[int, int] = (4, 2)
+    ratio: float = param(0.4, ge=0, le=1, doc="share of unsalient tokens")
+    gap: int = param(100, ge=1, doc="new tokens kept in full precision")
+    denominator: Literal["probe", "all"] = "probe"
+    probe: Literal["last", "sampled"] = "last"
+    seed: int = param(0, ge=0, doc="of the probe rows")
+
+    slots: ClassVar[tuple[str, ...]] = ("cache.store",)
+    # identity() is None: every quantisation changes the stored numbers
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for bits in self.bits:
+            if bits not in BITS:
+                raise ValueError(f"ZipCache.bits must each be one of {BITS}, got {self.bits!r} (salient, unsalient)")
+
+    def store(self, view: View) -> list[Chunk] | None:
+        if view.phase == "prefill":
+            score = self._score(view, *self._probes(view))
+        else:
+            if self.probe == "sampled":
+                self._sample(view)
+            if view.cache.unpacked_rows < self.gap:
+                return None
+            score = self._gap_score(view)
+        return self._chunks(view, score[..., view.cache.packed :])
+
+    def _probes(self, view: View) -> tuple[Tensor, Tensor]:
+        """Probe rows (B, R) of this forward's rows, and their weights, 0 where a shorter sample fills up."""
+        spans = view.ledger.rows[view.layer].spans or [(0, view.new)] * view.ledger.batch
+        drawn = [
+            start + probe_rows(stop - start, seeded(self.seed, view.layer, stop - start, torch.device("cpu")))
+            for start, stop in spans
+        ]
+        width = max(len(rows) for rows in drawn)
+        rows = torch.stack([torch.nn.functional.pad(r, (width - len(r), 0)) for r in drawn])
+        weight = torch.tensor([[0.0] * (width - len(r)) + [1.0] * len(r) for r in drawn])
+        return rows.to(view.key.device), weight.to(view.key.device)
+
+    def _score(self, view: View, rows: Tensor, weight: Tensor) -> Tensor:
+        received = view.received(rows=rows, weight=weight)  # (B, Hkv, n)
+        at = view.ledger.rows[view.layer].order.expand(rows.shape[0], -1).gather(1, rows)
+        at = torch.where(weight > 0, at, -1)
+        return saliency(received, at, positions=view.order, denominator=self.denominator)
+
+    def _gap_score(self, view: View) -> Tensor:
+        if self.probe == "last":
+            return view.received(rows=slice(view.new - 1, view.new))
+        seen = view.state["probes"].clamp(min=1)
+        return view.state["received"] / seen
+
+    def _sample(self, view: View) -> None:
+        """Adds the attention of those of this forward's rows that are probes among the gap's."""
+        filled = view.cache.unpacked_rows - view.new  # rows of the gap before this forward
+        block = (view.step - view.cache.unpacked_rows) // self.gap
+        chosen = probe_rows(self.gap, seeded(self.seed, view.layer, block, torch.device("cpu"))).tolist()
+        rows = [row - filled for row in chosen if filled <= row < filled + view.new]
+        zeros = torch.zeros(*view.key.shape[:2], view.slots, device=view.key.device)
+        received, probes = view.state.get("received", zeros), view.state.get("probes", zeros)
+        if rows:
+            at = torch.tensor(rows, device=view.key.device)
+            received = received + view.received(rows=at)
+            own = view.ledger.rows[view.layer].order[:, at]  # (B, r)
+            probes = probes + (own[:, None, None] >= view.order[..., None]).sum(-1)
+        view.state["received"], view.state["probes"] = received, probes
+
+    def _chunks(self, view: View, score: Tensor) -> list[Chunk]:
+        tail = view.cache.tail
+        keys, values = view.cache.keys[:, :, :tail], view.cache.values[:, :, :tail]
+        live = view.live[..., view.cache.packed :]
+        scale = channel_scale(values, live)
+        unsalient, salient = split(score, self.ratio, live)
+        chunks = []
+        for (index, counts), bits in ((unsalient, self.bits[1]), (salient, self.bits[0])):
+            if not index.shape[-1]:
+                continue
+            at = index[..., None].expand(-1, -1, -1, keys.shape[-1])
+            codes, minimum, step = quantize_keys(keys.gather(2, at), bits, counts)
+            packed_keys = Packed.pack(codes, bits, minimum, step)
+            at = index[..., None].expand(-1, -1, -1, values.shape[-1])
+            codes, minimum, step, scale = quantize_values(values.gather(2, at), bits, scale, counts)
+            chunks.append(Chunk(packed_keys, Packed.pack(codes, bits, minimum, step, scale), index, counts))
+        return chunks

@@ -13,11 +13,19 @@ Positions are float32: half precision cannot hold 1000.25, whole numbers would l
 beside them, since steps other than 1 are otherwise read as packed sequences.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from seqwise.core.anatomy import Anatomy
 from seqwise.core.errors import UsageError
+from seqwise.core.method import Method, param
+from seqwise.core.segments import Segments
 
 STRIDES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TILE = 256  # visual tokens per tile: delta = stride / TILE
@@ -120,3 +128,30 @@ def _per_run(delta: float | Tensor, batch: int, runs: int, device: torch.device)
     if d.shape[0] != batch or d.shape[1] < runs:
         raise ValueError(f"delta must have shape (), ({batch},), ({batch}, >= {runs}), got {tuple(d.shape)}")
     return d if d.shape[1] else d.new_ones(batch, 1)
+
+
+@dataclass(frozen=True)
+class V2PE(Method):
+    """Lets RoPE positions advance by delta per visual token, for models tuned that way (or to fit their window).
+
+    delta: step of a visual token, None for the largest of 1, 1/2, ..., 1/256 whose prompt fits the model's window.
+    """
+
+    delta: float | None = param(0.25, gt=0, le=1, doc="position step of a visual token")
+
+    slots: ClassVar[tuple[str, ...]] = ("positions",)
+
+    def identity(self) -> Method:
+        return replace(self, delta=1.0)
+
+    def needs(self) -> set[str]:
+        return {"RoPE", "1-D positions"}
+
+    def place(self, segments: Segments, anatomy: Anatomy) -> Tensor:
+        visual, real, image = segments.visual, segments.real, segments.image
+        delta: float | Tensor
+        if self.delta is None:
+            delta = largest_delta(visual, anatomy.config.max_position_embeddings, real, image)
+        else:
+            delta = self.delta
+        return positions(visual, delta, real, image)

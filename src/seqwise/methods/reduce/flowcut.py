@@ -22,9 +22,17 @@ code, except that the count is each image's own: the code drops the batch's larg
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from seqwise.core.anatomy import Anatomy
+from seqwise.core.engine import Stage
+from seqwise.core.method import Method, budget_param
+from seqwise.core.select import budget_count, keep_best, top_k
+from seqwise.core.towers import TowerLayer
 
 
 def attention_term(q: Tensor, k: Tensor, cls: bool = True) -> Tensor:
@@ -116,3 +124,66 @@ def _over_tokens(query: Tensor, rows: Tensor, scale: float) -> Tensor:
     """softmax over rows of query . row * scale, averaged over heads: (..., h, 1, D), (..., h, n, D) -> (..., n)."""
     logits = (query.float() @ rows.float().mT)[..., 0, :] * scale  # (..., h, n)
     return logits.softmax(-1).mean(-2)
+
+
+_DECODER_CUT = 2  # the layer whose input is cut on tiled models: behind decoder layer index 1
+_NO_CLS_EPS = 1e-7
+
+
+@dataclass(frozen=True)
+class FlowCut(Method):
+    """Prunes visual tokens inside the vision tower; on tiled models (LLaVA-NeXT) half there, then in the decoder.
+
+    budget: T, visual tokens per image: a count, or the share of the patches of all its tiles. On tiled models each
+    tile is cut to T // 2 in the tower and the image to T behind the second decoder layer.
+    """
+
+    budget: int | float = budget_param(0.25, "visual tokens kept per image")
+
+    slots: ClassVar[tuple[str, ...]] = ("tower.rows", "layer.rows")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.budget, tuple):
+            raise ValueError(f"FlowCut.budget must be one number, got {self.budget!r}")
+
+    def identity(self) -> Method:
+        return replace(self, budget=1.0)
+
+    def needs(self) -> set[str]:
+        return {"vision tower"}
+
+    def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
+        tiled = anatomy.vision is not None and anatomy.vision.tiled
+        return (_DECODER_CUT,) if tiled and self.budget != 1.0 and len(anatomy.layers) > _DECODER_CUT else ()
+
+    def prune_tower(self, layer: TowerLayer) -> Tensor | None:
+        T = budget_count(self.budget, layer.tiles * layer.patches)
+        if layer.tiled and self.budget != 1.0:
+            T = max(1, T // 2)
+        cls = layer.specials > 0
+        a = attention_term(layer.query, layer.key, cls)  # (1, n)
+        g = semantic_term(layer.value) if cls else None
+        e = value_norm(layer.value)[..., layer.specials :]
+        C = accumulate(layer.state.get("C"), layer_score(a, g, e))
+        layer.state["C"] = C
+        rem = layer.feature_layer - layer.index - 1
+        if rem < 0 or a.shape[-1] <= T:
+            return None
+        drop = int(drop_count(a, T, rem, 0.0 if cls else _NO_CLS_EPS))
+        return top_k(C, a.shape[-1] - drop) if drop else None
+
+    def keep_rows(self, stage: Stage) -> Tensor | None:
+        query, key, value = stage.previous()
+        keep = stage.live.clone()
+        for image, entered in enumerate(stage.patches.T):  # images of a prompt are few
+            rows = stage.image == image  # (B, r)
+            for b in range(rows.shape[0]):
+                here = rows[b].nonzero()[:, 0]
+                if not len(here):
+                    continue
+                last = int(stage.live[b].nonzero()[-1])
+                S = decoder_score(query[b, :, last], key[b][:, here], value[b, :, last], value[b][:, here])
+                T = torch.tensor([budget_count(self.budget, int(entered[b]))], device=S.device)
+                keep[b, here] = keep_best(S[None], torch.ones_like(S[None], dtype=torch.bool), T)[0]
+        return keep

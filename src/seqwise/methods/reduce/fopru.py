@@ -11,12 +11,16 @@ The layer, R and the rounding are our reading; the paper's formula for s was not
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from math import floor
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from seqwise.core.method import Method, param
 from seqwise.core.select import top_k
+from seqwise.core.towers import Tower
 
 
 def significance(received: Tensor, specials: int = 1) -> Tensor:
@@ -45,3 +49,29 @@ def row_strategy(s: Tensor, r: float, grid: tuple[int, int]) -> Tensor:
     rows = top_k(s.unflatten(-1, (H, W)).sum(-1), max(1, floor(r * H)))  # (..., m)
     columns = torch.arange(W, device=s.device)
     return (rows[..., None] * W + columns).flatten(-2)
+
+
+@dataclass(frozen=True)
+class FoPru(Method):
+    """Prunes visual tokens before the language model by attention inside the vision tower.
+
+    Tiles of one image are pruned apart. `rows="cls"` needs a tower with a CLS token.
+    """
+
+    budget: float = param(0.25, gt=0, le=1, doc="share of each tile's visual tokens to keep")
+    strategy: Literal["rank", "row"] = "rank"
+    rows: Literal["all", "cls"] = "all"
+
+    slots: ClassVar[tuple[str, ...]] = ("input.rows",)
+
+    def identity(self) -> Method:
+        return replace(self, budget=1.0)
+
+    def needs(self) -> set[str]:
+        return {"vision tower", "CLS token"} if self.rows == "cls" else {"vision tower"}
+
+    def keep_input(self, tower: Tower) -> Tensor:  # (tiles, k)
+        s = significance(tower.received(rows=self.rows), tower.specials)
+        if self.strategy == "rank":
+            return rank_strategy(s, self.budget)
+        return row_strategy(s, self.budget, tower.grid)

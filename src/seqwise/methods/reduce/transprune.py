@@ -16,11 +16,19 @@ is the same for a single prompt.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from seqwise.core.anatomy import Anatomy
+from seqwise.core.engine import Stage, Transition
+from seqwise.core.errors import UnsupportedModel
+from seqwise.core.method import Method, param
 from seqwise.core.observe import received
+from seqwise.core.select import keep_best
 from seqwise.core.visible import Visible
 
 
@@ -86,3 +94,84 @@ def stage_score(ttv: Tensor | None, iga: Tensor | None) -> Tensor:
 def keep_count(N: int, r: float) -> int:
     """Image tokens that a stage leaves: max(1, int(N r)), N the count before the first stage."""
     return max(1, int(N * r))
+
+
+@dataclass(frozen=True)
+class TransPrune(Method):
+    """Drops image tokens in stages between decoder layers, by token transition and instruction attention.
+
+    budget: share of each image's tokens left after each stage, of the count before any. prune_after: the stages,
+    1-based: the output of that layer is cut. layers: first and last layer (1-based) whose transitions are added up.
+    ttv, iga: the two terms; one of them may be left out. positions: "keep" leaves the survivors their positions
+    (safer beside other methods), "renumber" counts anew after each stage, as the official code does.
+    """
+
+    budget: tuple[float, ...] = param((0.875, 0.625, 0.125), gt=0, le=1, doc="share kept after each stage")
+    prune_after: tuple[int, ...] = param((7, 9, 12), ge=1, doc="1-based layers whose output is cut")
+    layers: tuple[int, int] = param((7, 12), ge=1, doc="1-based first and last layer of the transitions")
+    ttv: bool = True
+    iga: bool = True
+    positions: Literal["keep", "renumber"] = "keep"
+
+    slots: ClassVar[tuple[str, ...]] = ("layer.rows",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.budget) != len(self.prune_after) or not self.budget:
+            raise ValueError(
+                f"TransPrune.budget must have one share per stage ({len(self.prune_after)}), got {self.budget!r}"
+            )
+        if list(self.prune_after) != sorted(set(self.prune_after)):
+            raise ValueError(f"TransPrune.prune_after must ascend without repetition, got {self.prune_after!r}")
+        if self.layers[0] > self.layers[1]:
+            raise ValueError(f"TransPrune.layers must be (first, last) with first <= last, got {self.layers!r}")
+        if not (self.ttv or self.iga):
+            raise ValueError("TransPrune.ttv must be True where iga is False, got False (nothing would score)")
+        if self.ttv and not self.iga and self.layers[0] > self.prune_after[0]:
+            raise ValueError(
+                f"TransPrune.layers must begin at or before the first stage ({self.prune_after[0]}) "
+                f"where ttv alone scores, got {self.layers!r}"
+            )
+
+    def identity(self) -> Method:
+        return replace(self, budget=(1.0,) * len(self.budget))
+
+    def needs(self) -> set[str]:
+        parts = {"vision tower", "pre-norm"}
+        return parts | {"RoPE", "1-D positions"} if self.positions == "renumber" else parts
+
+    def check(self, anatomy: Anatomy) -> None:
+        if self.prune_after[-1] >= len(anatomy.layers):
+            raise UnsupportedModel(
+                f"TransPrune.prune_after must be < the model's {len(anatomy.layers)} layers, got {self.prune_after!r}; "
+                "choose stages of this model"
+            )
+
+    def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
+        return self.prune_after  # behind the 1-based layer k is in front of the 0-based layer k
+
+    def watched(self, anatomy: Anatomy) -> tuple[int, ...]:
+        first, last = self.layers
+        return tuple(range(first - 1, min(last, self.prune_after[-1]))) if self.ttv else ()
+
+    def observe_transition(self, t: Transition) -> None:
+        w = transition(t.before, t.after, t.live)  # (B, r)
+        if t.module == "attention":
+            t.state["attention"] = w
+        else:
+            t.state["ttv"] = accumulate(t.state.get("ttv"), t.state.pop("attention"), w)
+
+    def keep_rows(self, stage: Stage) -> Tensor | None:
+        share = self.budget[self.prune_after.index(stage.layer)]
+        ttv = stage.state.get("ttv") if self.ttv else None
+        iga = None
+        if self.iga:
+            text = stage.after_image
+            iga = stage.received(text).mean(1) / text.sum(-1, keepdim=True).clamp(min=1)  # (B, r)
+        keep = stage.live & ~stage.visual
+        for image, entered in enumerate(stage.entered.T):  # images of a prompt are few
+            rows = stage.image == image  # (B, r)
+            s = stage_score(*(None if term is None else term * rows for term in (ttv, iga)))
+            count = torch.tensor([keep_count(int(N), share) for N in entered], device=s.device)
+            keep = keep | keep_best(s, rows, count)
+        return keep

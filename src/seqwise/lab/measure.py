@@ -1,0 +1,268 @@
+"""One prompt under one method: what came out, what it took, and what stayed.
+
+    blind   the context is the prompt; the question's rows come afterwards, on the cache that the method left
+    aware   context and question are the prompt
+
+The reply is decoded greedily. A continuation is fed one token at a time, so that methods that act on decoding steps
+do act. Seconds are wall clock of the forwards alone: the whole prefill, and the median decoding step.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from seqwise.core.method import Method
+from seqwise.core.run import Run
+from seqwise.lab.tasks import Output, Prompt, Task, encode, encode_answer
+
+Mode: TypeAlias = Literal["blind", "aware"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Quality and cost of one prompt. Bytes are of the cache at the end, `tokens` all that the model has seen by then.
+
+    kept_tokens: live slots, mean over layers and KV heads. attention_work: share of the plain model's query-key
+    products. prefill_s: seconds; decode_s: seconds per token, None where nothing was decoded.
+    """
+
+    scores: dict[str, float]
+    text: str
+    tokens: int
+    kept_tokens: float
+    cache_bytes: int
+    live_bytes: int
+    plain_bytes: int
+    peak_bytes: int
+    attention_work: float
+    acted: bool
+    prefill_s: float
+    decode_s: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A measurement with what is too large to keep: the scored logits (T, V), and per prompt token the share of
+    (layer, KV head) that still holds it at the end (n,)."""
+
+    measurement: Measurement
+    logits: Tensor | None
+    kept: Tensor
+
+
+def modes_of(task: Task) -> tuple[Mode, ...]:
+    """Text that goes on has no question, so nothing to be aware of."""
+    return ("blind", "aware") if task.max_new_tokens else ("blind",)
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    prompt: Prompt,
+    mode: Mode,
+    method: Method | None = None,
+    *,
+    chunk: int | None = None,
+    full_logits: Tensor | None = None,
+) -> Traced:
+    """Runs one prompt under `method`, None for the plain model.
+
+    chunk: as in `Method.on`, for the method only. full_logits: the plain model's, for tasks that compare with them.
+    Raises what the method raises, and ArithmeticError for scores that are not finite.
+    """
+    context, question = (ids.to(model.device) for ids in encode(tokenizer, prompt))
+    asked = torch.cat([context, question], 1)  # (1, n)
+    first = context if mode == "blind" else asked
+    with method.on(model, chunk=chunk) if method is not None else nullcontext() as run:
+        driver = _Driver(model, run)
+        logits, prefill_s = driver.timed(lambda: driver.prefill(first))  # (1, 1, V)
+        if task.max_new_tokens:
+            reply, decode_s = _reply(driver, asked, first.shape[1], logits, task.max_new_tokens)
+            text = tokenizer.decode(reply, skip_special_tokens=True)
+            output = Output(text=prompt.prefix + text)
+        else:
+            gold = encode_answer(tokenizer, prompt).to(model.device)
+            scored, decode_s = _forced(driver, logits, gold)  # (T, V)
+            text, output = "", Output(logits=scored, answer_ids=gold[0], full_logits=full_logits)
+            if task.reads_full and full_logits is None:
+                output = Output(logits=scored, answer_ids=gold[0], full_logits=scored)
+        scores = task.score(prompt, output)
+        if not all(map(math.isfinite, scores.values())):
+            raise ArithmeticError(f"scores are not finite: {scores}")
+        cost = _cost(driver.cache) if run is None else _reported(run)
+        kept = torch.ones(asked.shape[1]) if run is None else _kept(run, asked.shape[1])
+    measured = Measurement(scores=scores, text=text, prefill_s=prefill_s, decode_s=decode_s, **cost)
+    return Traced(measured, output.logits, kept)
+
+
+class _Driver:
+    """Forwards of one prompt on its own cache, with or without a run."""
+
+    def __init__(self, model: PreTrainedModel, run: Run | None) -> None:
+        self.model = model
+        self.run = run
+        self.cache: Any = None
+        self.seen = 0
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """The whole prompt (1, n), in chunks where the run says so; logits of its last row (1, 1, V)."""
+        n = ids.shape[1]
+        if self.run is None:
+            return self.forward(ids)
+        step = self.run.chunk or n
+        # what `generate` announces: a share of a chunked prompt refers to all of it
+        self.run.prompt = ([n] if self.run.chunk else None, n)
+        try:
+            for start in range(0, n, step):
+                logits = self.forward(ids[:, start : start + step])
+        finally:
+            self.run.prompt = None
+        self.run.end_prompt()
+        return logits
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Further rows (1, q); logits of the last one (1, 1, V)."""
+        self.seen += ids.shape[1]
+        out = self.model(
+            input_ids=ids,
+            attention_mask=ids.new_ones(1, self.seen),
+            cache=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = out.cache
+        logits: Tensor = out.logits
+        return logits
+
+    def timed(self, work: Any) -> tuple[Any, float]:
+        """What `work()` returns, and its seconds on the device."""
+        self._settle()
+        start = time.perf_counter()
+        result = work()
+        self._settle()
+        return result, time.perf_counter() - start
+
+    def _settle(self) -> None:
+        if self.model.device.type != "cpu":
+            torch.accelerator.synchronize(self.model.device)
+
+
+def _reply(driver: _Driver, asked: Tensor, given: int, logits: Tensor, limit: int) -> tuple[list[int], float | None]:
+    """Token ids of the greedy reply, `limit` at most, and seconds per token. given: tokens of `asked` in the cache."""
+    rest = asked[:, given:]
+    looping = driver.run is not None and "decode.loop" in driver.run.engine.by_slot
+    if looping:
+        if rest.shape[1]:
+            if rest.shape[1] > 1:
+                driver.forward(rest[:, :-1])
+            whole = asked
+        else:  # the prompt's last row is in the cache already
+            whole = torch.cat([asked, logits[:, -1:].argmax(-1)], 1)
+            limit -= 1
+        return _looped(driver, asked.shape[1], whole, limit)
+    if rest.shape[1]:
+        logits = driver.forward(rest)
+    stops = _stops(driver.model)
+    reply: list[int] = []
+    seconds = []
+    while True:
+        token = logits[:, -1:].argmax(-1)  # (1, 1)
+        if int(token) in stops:
+            break
+        reply.append(int(token))
+        if len(reply) == limit:
+            break
+        logits, took = driver.timed(lambda row=token: driver.forward(row))
+        seconds.append(took)
+    return reply, statistics.median(seconds) if seconds else None
+
+
+def _looped(driver: _Driver, prompt: int, whole: Tensor, limit: int) -> tuple[list[int], float | None]:
+    """The reply of a method that brings its own decoding loop, which `generate` enters."""
+    stops = _stops(driver.model)
+    if int(whole[0, -1]) in stops and whole.shape[1] > prompt:
+        return [], None
+    ids, took = driver.timed(
+        lambda: driver.model.generate(
+            whole,
+            attention_mask=torch.ones_like(whole),
+            cache=driver.cache,
+            max_new_tokens=limit,
+            do_sample=False,
+            pad_token_id=next(iter(stops), 0),
+        )
+    )
+    reply: list[int] = ids[0, prompt:].tolist()
+    made = ids.shape[1] - whole.shape[1]
+    end = next((i for i, token in enumerate(reply) if token in stops), len(reply))
+    return reply[:end], took / made if made else None
+
+
+def _forced(driver: _Driver, logits: Tensor, gold: Tensor) -> tuple[Tensor, float | None]:
+    """Logits (T, V) that predict gold (1, T), each after the true tokens before it, and seconds per token."""
+    rows, seconds = [logits[0]], []
+    for t in range(gold.shape[1] - 1):
+        out, took = driver.timed(lambda t=t: driver.forward(gold[:, t : t + 1]))
+        rows.append(out[0])
+        seconds.append(took)
+    return torch.cat(rows), statistics.median(seconds) if seconds else None
+
+
+def _stops(model: PreTrainedModel) -> set[int]:
+    tokens = getattr(model.generation_config, "eos_token_id", None)
+    return set() if tokens is None else {tokens} if isinstance(tokens, int) else set(tokens)
+
+
+def _cost(cache: Any) -> dict[str, Any]:
+    """Of the plain model, from its own cache."""
+    tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    stored = sum(x.untyped_storage().nbytes() for x in tensors)
+    live = sum(x.nbytes for x in tensors)
+    slots = [layer.keys.shape[2] for layer in cache.layers]
+    return {
+        "tokens": cache.get_seq_length(),
+        "kept_tokens": statistics.fmean(slots),
+        "cache_bytes": stored,
+        "live_bytes": live,
+        "plain_bytes": live,
+        "peak_bytes": stored,
+        "attention_work": 1.0,
+        "acted": False,
+    }
+
+
+def _reported(run: Run) -> dict[str, Any]:
+    report = run.report()
+    return {
+        "tokens": report.tokens,
+        "kept_tokens": statistics.fmean(report.kept) if report.kept else float(report.tokens),
+        "cache_bytes": report.cache_bytes,
+        "live_bytes": report.live_bytes,
+        "plain_bytes": report.plain_bytes,
+        "peak_bytes": report.peak_bytes,
+        "attention_work": report.attention_work,
+        "acted": report.acted,
+    }
+
+
+def _kept(run: Run, tokens: int) -> Tensor:
+    counts, heads = torch.zeros(tokens), 0
+    for layer in range(len(run.anatomy.layers)):
+        for held in run.kept(layer)[0]:
+            heads += 1
+            counts[[position for position in held if position < tokens]] += 1
+    return counts / max(heads, 1)

@@ -1,0 +1,172 @@
+"""From measurements to statements: one row per method, task, mode, length and metric.
+
+    value       mean over prompts, with its 95 % interval
+    difference  mean over prompts of (method - plain model), paired, with its 95 % interval
+    tiers       at equal cost, best first: a method is behind the best of the rest only where the interval of their
+                paired difference excludes 0; never stated under 30 prompts
+
+Costs are means over prompts, except for the ratios of seconds: medians of ratios to the plain model's on the same
+prompt, measured one right after the other.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from seqwise.lab.intervals import mean_interval, paired_difference, wilson
+from seqwise.lab.measure import Measurement, Mode
+from seqwise.lab.tasks import Better
+
+ENOUGH = 30  # prompts that a ranking needs
+TOLERANCE = 0.10  # what still counts as equal cost
+PLAIN = "Full()"
+
+_MEANS = ("kept_tokens", "cache_bytes", "live_bytes", "plain_bytes", "peak_bytes", "attention_work", "tokens")
+
+
+class Cell(NamedTuple):
+    """What one set of paired prompts is about. task: its label; length: tokens of context, None for own files."""
+
+    task: str
+    mode: Mode
+    length: int | None
+
+
+Measured = Mapping[int, Measurement]  # by the prompt's index
+
+
+def rows_of(
+    cell: Cell,
+    metrics: Mapping[str, Better],
+    found: Mapping[str, Measured],
+    failures: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """The rows of one cell: those of `found` (by method, the plain model's among them), then those of `failures`
+    (reason by method), once per metric."""
+    plain = found.get(PLAIN, {})
+    rows = []
+    for method in dict.fromkeys([*found, *failures]):
+        base = {"method": method, "task": cell.task, "mode": cell.mode, "length": cell.length}
+        for metric in metrics:
+            if method in failures:
+                row = {**base, "n": 0, "metric": metric, "value": None, "low": None, "high": None, "difference": None,
+                       **dict.fromkeys(_COSTS), "acted": False, "status": "failed", "reason": failures[method], "per_prompt": []}  # fmt: skip
+            else:
+                measured = found[method]
+                row = {**base, **_quality(metric, measured, plain, method), **_cost(measured, plain, method),
+                       "status": "ok", "reason": None,
+                       "per_prompt": [{"prompt": i, "value": one.scores[metric], "text": one.text} for i, one in sorted(measured.items())]}  # fmt: skip
+            rows.append(row)
+    return rows
+
+
+def _quality(metric: str, measured: Measured, plain: Measured, method: str) -> dict[str, Any]:
+    values = [measured[i].scores[metric] for i in sorted(measured)]
+    low, high = _bounds(values, proportion=metric == "accuracy")
+    return {
+        "n": len(values),
+        "metric": metric,
+        "value": statistics.fmean(values),
+        "low": low,
+        "high": high,
+        "difference": None if method == PLAIN else difference(metric, measured, plain),
+    }
+
+
+def difference(metric: str, ours: Measured, theirs: Measured) -> dict[str, Any] | None:
+    """Mean of ours - theirs over the prompts that both have, and its interval (bounds None under 2 prompts)."""
+    both = sorted(set(ours) & set(theirs))
+    if not both:
+        return None
+    a, b = [ours[i].scores[metric] for i in both], [theirs[i].scores[metric] for i in both]
+    value = statistics.fmean(x - y for x, y in zip(a, b))
+    if len(both) < 2:
+        return {"value": value, "low": None, "high": None}
+    interval = paired_difference(a, b)
+    return {"value": value, "low": interval.low, "high": interval.high}
+
+
+def _bounds(values: Sequence[float], proportion: bool) -> tuple[float | None, float | None]:
+    if len(values) < 2:
+        return None, None
+    interval = wilson(round(sum(values)), len(values)) if proportion else mean_interval(values)
+    return interval.low, interval.high
+
+
+def _cost(measured: Measured, plain: Measured, method: str) -> dict[str, Any]:
+    ones = list(measured.values())
+    cost: dict[str, Any] = {name: statistics.fmean(getattr(one, name) for one in ones) for name in _MEANS}
+    cost |= {name: round(cost[name]) for name in _MEANS if name.endswith("_bytes")}
+    cost["kept_share"] = cost["kept_tokens"] / cost["tokens"]
+    both = [(measured[i], plain[i]) for i in measured if i in plain]
+    cost["prefill_ratio"] = _median(a.prefill_s / b.prefill_s for a, b in both)
+    cost["decode_ratio"] = _median(a.decode_s / b.decode_s for a, b in both if a.decode_s and b.decode_s)
+    # the plain model never acts; everybody else should
+    cost["acted"] = any(one.acted for one in ones)
+    return cost
+
+
+_COSTS = (*_MEANS, "kept_share", "prefill_ratio", "decode_ratio")
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None
+
+
+def equal_cost(costs: Mapping[str, float]) -> list[list[str]]:
+    """Names in groups, cheapest first: a group's costs are at most 10 % above its cheapest."""
+    groups: list[list[str]] = []
+    for name in sorted(costs, key=lambda name: costs[name]):
+        if groups and costs[name] <= (1 + TOLERANCE) * costs[groups[-1][0]]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def tiers(metric: str, better: Better, found: Mapping[str, Measured], names: Sequence[str]) -> list[list[str]] | None:
+    """`names` in tiers, best first; None where one of them has too few prompts to state that."""
+    if any(len(found[name]) < ENOUGH for name in names):
+        return None
+    sign = 1 if better == "higher" else -1
+    left = sorted(names, key=lambda name: -sign * statistics.fmean(one.scores[metric] for one in found[name].values()))
+    ranked = []
+    while left:
+        tier = [name for name in left if name == left[0] or not _behind(sign, metric, found[name], found[left[0]])]
+        ranked.append(tier)
+        left = [name for name in left if name not in tier]
+    return ranked
+
+
+def _behind(sign: int, metric: str, ours: Measured, best: Measured) -> bool:
+    found = difference(metric, ours, best)
+    if found is None or found["low"] is None:
+        return False
+    return bool(found["high"] < 0 if sign > 0 else found["low"] > 0)
+
+
+def groups_of(cell: Cell, metrics: Mapping[str, Better], found: Mapping[str, Measured]) -> list[dict[str, Any]]:
+    """The cell's methods side by side at equal measured cost, by cache bytes and by attention work; with tiers of
+    the main metric where prompts suffice."""
+    metric, better = next(iter(metrics.items()))
+    groups = []
+    for name, share in (
+        ("cache_bytes", lambda one: one.cache_bytes / one.plain_bytes),
+        ("attention_work", lambda one: one.attention_work),
+    ):
+        costs = {method: statistics.fmean(map(share, ones.values())) for method, ones in found.items() if ones}
+        for names in equal_cost(costs):
+            groups.append(
+                {
+                    **cell._asdict(),
+                    "metric": metric,
+                    "cost": name,
+                    "share": [costs[names[0]], costs[names[-1]]],
+                    "methods": names,
+                    "tiers": tiers(metric, better, found, names),
+                }
+            )
+    return groups

@@ -1,0 +1,113 @@
+"""A comparison's document as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from seqwise.lab.rows import PLAIN
+from seqwise.lab.tasks import TASKS
+
+_SHARES = ("accuracy", "match")
+_LOWER = {name for kind in TASKS.values() for name, better in kind.metrics.items() if better == "lower"}
+
+
+def tables(document: Mapping[str, Any]) -> list[RenderableType]:
+    """Per length a table of quality and one of cost, then failures, rankings and notes."""
+    shown: list[RenderableType] = []
+    for length in dict.fromkeys(row["length"] for row in document["rows"]):
+        rows = [row for row in document["rows"] if row["length"] == length]
+        about = "your own prompts" if length is None else f"{length} tokens of context"
+        shown += [_quality(rows, about), _costs(rows, about)]
+    reasons = dict.fromkeys((row["method"], row["reason"]) for row in document["rows"] if row["status"] == "failed")
+    shown += [Text(f"{method} failed: {why}", style="red") for method, why in reasons]
+    shown += [Text(f"{_cell(group)}: {_ranking(group)}") for group in document["equal_cost"] if group["tiers"] and len(group["methods"]) > 1]
+    return shown + [Text(note, style="dim") for note in document["notes"]]
+
+
+def _quality(rows: list[dict[str, Any]], about: str) -> Table:
+    grid = Table(box=SIMPLE_HEAD, title=f"Quality, {about}", title_justify="left", caption_justify="left")
+    grid.caption = "mean, 95 % interval; ▼ worse, ▲ better than the plain model: the paired 95 % interval excludes 0"
+    columns = list(dict.fromkeys((row["task"], row["mode"], row["metric"]) for row in rows))
+    grid.add_column("method", overflow="fold")
+    for task, mode, metric in columns:
+        n = max(row["n"] for row in rows if (row["task"], row["mode"], row["metric"]) == (task, mode, metric))
+        way = " ↓" if metric in _LOWER else ""
+        grid.add_column(f"{task.partition('(')[0]}\n{mode}\n{metric}{way}\nn={n}", justify="right", no_wrap=True)
+    at = {(row["method"], row["task"], row["mode"], row["metric"]): row for row in rows}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        grid.add_row(_name(method, [row for row in rows if row["method"] == method]), *(_value(at.get((method, *column))) for column in columns))
+    return grid
+
+
+def _value(row: Mapping[str, Any] | None) -> Text:
+    if row is None:
+        return Text("")
+    if row["status"] == "failed":
+        return Text("failed", style="red")
+    text = Text(f"{_mark(row)}{_number(row['metric'], row['value'])}")
+    if row["low"] is not None:
+        text.append(f"\n{_number(row['metric'], row['low'])}–{_number(row['metric'], row['high'])}", style="dim")
+    return text
+
+
+def _mark(row: Mapping[str, Any]) -> str:
+    d = row["difference"]
+    if not d or d["low"] is None or d["low"] <= 0 <= d["high"]:
+        return ""
+    return "▲ " if (d["low"] > 0) != (row["metric"] in _LOWER) else "▼ "
+
+
+def _number(metric: str, value: float) -> str:
+    return f"{value:.0%}" if metric in _SHARES else f"{value:.2f}"
+
+
+def _name(method: str, rows: list[dict[str, Any]]) -> Text:
+    text = Text(method)
+    if method != PLAIN and all(row["status"] == "ok" and not row["acted"] for row in rows):
+        text.append("\nnever acted", style="yellow")
+    return text
+
+
+def _costs(rows: list[dict[str, Any]], about: str) -> Table:
+    grid = Table(box=SIMPLE_HEAD, title=f"Cost, {about}", title_justify="left", caption_justify="left")
+    grid.caption = "means over tasks; cache: share of the plain model's bytes, as allocated; seconds: the plain model's = 1"
+    for name in ("method", "kept", "cache", "MiB", "peak MiB", "attention", "prefill", "per token"):
+        grid.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = list({(row["task"], row["mode"]): row for row in rows if row["method"] == method and row["status"] == "ok"}.values())
+        if not mine:
+            grid.add_row(method, *["-"] * 7)
+            continue
+
+        def mean(name: str, mine: list[dict[str, Any]] = mine) -> float | None:
+            values = [row[name] for row in mine if row[name] is not None]
+            return sum(values) / len(values) if values else None
+
+        cache, plain, peak = mean("cache_bytes"), mean("plain_bytes"), mean("peak_bytes")
+        assert cache is not None and plain is not None and peak is not None
+        grid.add_row(
+            method, f"{mean('kept_share'):.0%}", f"{cache / plain:.0%}", f"{cache / 2**20:.1f}", f"{peak / 2**20:.1f}",
+            f"{mean('attention_work'):.0%}", _times(mean("prefill_ratio")), _times(mean("decode_ratio")),
+        )  # fmt: skip
+    return grid
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}×"
+
+
+def _cell(group: Mapping[str, Any]) -> str:
+    length = "" if group["length"] is None else f", {group['length']} tokens"
+    low, high = group["share"]
+    cost = {"cache_bytes": "of the cache", "attention_work": "of the attention work"}[group["cost"]]
+    return f"{group['task']}, {group['mode']}{length}, at {low:.0%} to {high:.0%} {cost}"
+
+
+def _ranking(group: Mapping[str, Any]) -> str:
+    return " > ".join(" = ".join(tier) for tier in group["tiers"])
