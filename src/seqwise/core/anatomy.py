@@ -75,7 +75,9 @@ class Anatomy:
         for i, layer in enumerate(layers):
             found = _attention(layer)
             if found is None:
-                raise UnsupportedModel(f"{name} has no attention module in decoder layer {i}; hybrid models are not supported")
+                raise UnsupportedModel(
+                    f"{name} has no attention module in decoder layer {i}; hybrid models are not supported"
+                )
             if hasattr(found, "sinks"):
                 raise UnsupportedModel(f"{name} has softmax sinks in its attention, which are not supported")
             attentions.append(found)
@@ -89,7 +91,9 @@ class Anatomy:
             layers=tuple(layers),
             attentions=tuple(attentions),
             mlps=tuple(getattr(layer, "mlp", None) for layer in layers),
-            final_norm=next((getattr(decoder, n) for n in ("norm", "ln_f", "final_layer_norm") if hasattr(decoder, n)), None),
+            final_norm=next(
+                (getattr(decoder, n) for n in ("norm", "ln_f", "final_layer_norm") if hasattr(decoder, n)), None
+            ),
             config=config,
             vision=None if tower is None or vision_owner is None else _vision(model, vision_owner, tower),
             windows=tuple(_window(attention, config, i) for i, attention in enumerate(attentions)),
@@ -168,7 +172,11 @@ def _window(attention: nn.Module, config: Any, layer: int) -> int | None:
     if types is not None:
         return getattr(config, "sliding_window", None) if "sliding" in types[layer] else None
     window = getattr(attention, "sliding_window", None)
-    if window is None and getattr(config, "use_sliding_window", True) and getattr(config, "model_type", "") == "mistral":
+    if (
+        window is None
+        and getattr(config, "use_sliding_window", True)
+        and getattr(config, "model_type", "") == "mistral"
+    ):
         window = getattr(config, "sliding_window", None)
     return window
 

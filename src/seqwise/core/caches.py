@@ -26,7 +26,7 @@ _SPARE = 16  # one slot in so many is allocated ahead, so that a step does not c
 
 @dataclass(frozen=True)
 class Chunk:
-    """Packed keys and values of slots `index` (B, Hkv, m) of the tail; dead padding where `live` (B, Hkv, m) is False."""
+    """Packed keys and values of slots `index` (B, Hkv, m) of the tail; `live` (B, Hkv, m) is False on padding."""
 
     keys: Packed
     values: Packed
@@ -239,7 +239,7 @@ class SlotLayer(CacheLayerMixin):
         self.ledger.weigh(self.index, self.nbytes)
 
     def accept(self, path: Tensor, rejected: int) -> None:
-        """Of the last rows (a draft tree), keeps the accepted ones: path (r,) counts from the first of `rejected + r`."""
+        """Of the last `rejected + r` rows (a draft tree), keeps the accepted ones, path (r,), counted from the first."""
         start = self.tail - rejected - path.shape[0]
         index = torch.cat([torch.arange(start, device=path.device), start + path])
         at = torch.cat([torch.arange(self.packed + start, device=path.device), self.packed + start + path])
@@ -278,15 +278,19 @@ class SlotLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values in storage, spare and dead slots included."""
-        full = storage_bytes(self.keys) + storage_bytes(self.values) if self.is_initialized else 0
-        return full + sum(chunk.keys.nbytes + chunk.values.nbytes for chunk in self.chunks)
+        if not self.is_initialized:
+            return 0
+        return storage_bytes([self.keys, self.values, *self._packed_tensors()])
+
+    def _packed_tensors(self) -> list[Tensor]:
+        return [x for chunk in self.chunks for x in (*chunk.keys.tensors, *chunk.values.tensors)]
 
     def live_bytes(self) -> int:
         """Bytes that live slots alone would take."""
         if not self.is_initialized:
             return 0
         share = float(self.live_mask().float().mean()) if self.slots else 0.0
-        packed = sum(chunk.keys.nbytes + chunk.values.nbytes for chunk in self.chunks)
+        packed = storage_bytes(self._packed_tensors())
         token = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
         return round(share * (packed + self.keys.shape[0] * self.keys.shape[1] * self.tail * token))
 
@@ -296,9 +300,7 @@ class SlotLayer(CacheLayerMixin):
             return []
         live = self.live_mask()
         order = self.order.expand_as(live)
-        return [
-            [sorted(order[b, h][live[b, h]].tolist()) for h in range(live.shape[1])] for b in range(live.shape[0])
-        ]
+        return [[sorted(order[b, h][live[b, h]].tolist()) for h in range(live.shape[1])] for b in range(live.shape[0])]
 
 
 def _grown(buffer: Tensor, used: int, new: Tensor) -> Tensor:
@@ -393,7 +395,11 @@ class View:
 
     def received(self, *, heads: str = "kv", **options: Any) -> Tensor:
         """`observe.received` of this layer's rows: fp32 (B, Hkv or H, n); no options beyond weight, rows, reduce."""
-        if self.row_probabilities is not None and set(options) <= {"weight", "reduce"} and options.get("reduce", "sum") == "sum":
+        if (
+            self.row_probabilities is not None
+            and set(options) <= {"weight", "reduce"}
+            and options.get("reduce", "sum") == "sum"
+        ):
             p = self.row_probabilities  # (B, H, q, n)
             weight = options.get("weight")
             if weight is not None:
@@ -434,5 +440,9 @@ class View:
             young = (self.order > self.newest - spare).expand_as(score)
             protected = young if protected is None else protected.expand_as(score) | young
         return keep_top(
-            score, self.live, [min(c, self.slots) for c in capacity], protected=protected, prefer=prefer  # type: ignore[arg-type]
+            score,
+            self.live,
+            [min(c, self.slots) for c in capacity],
+            protected=protected,
+            prefer=prefer,  # type: ignore[arg-type]
         )

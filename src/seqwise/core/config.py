@@ -14,7 +14,6 @@ import math
 import types
 import typing
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, TypeVar, Union
 
 from seqwise.core.errors import UsageError
@@ -39,10 +38,10 @@ def param(
     return dataclasses.field(default=default, metadata={"bounds": bounds, "doc": doc})
 
 
-def budget_param(default: int | float | None = dataclasses.MISSING, doc: str = "what stays") -> Any:  # type: ignore[assignment]
+def budget_param(default: Any = dataclasses.MISSING, doc: str = "what stays") -> Any:
     """A budget: an int counts tokens (>= 1), a float in (0, 1] is the share kept; `1` and `1.0` differ.
 
-    A tuple holds one budget per layer.
+    Where the field's type allows a tuple, it holds one budget per layer.
     """
     return dataclasses.field(default=default, metadata={"budget": True, "doc": doc})
 
@@ -65,7 +64,8 @@ class Configured:
         shown = [
             f"{spec.name}={getattr(self, spec.name)!r}"
             for spec in dataclasses.fields(self)
-            if spec.metadata.get("budget") or getattr(self, spec.name) != spec.default
+            if spec.metadata.get("budget")
+            or getattr(self, spec.name) != spec.default
             or type(getattr(self, spec.name)) is not type(spec.default)
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
@@ -98,9 +98,7 @@ class Configured:
             if name in values:
                 raise UsageError(f"{known.__name__}.{name} is given twice")
             if name not in names:
-                raise UsageError(
-                    f"{known.__name__} has no field {name!r}; it has {', '.join(names) or 'none'}"
-                )
+                raise UsageError(f"{known.__name__} has no field {name!r}; it has {', '.join(names) or 'none'}")
             try:
                 value = ast.literal_eval(keyword.value)
             except ValueError:
@@ -137,7 +135,7 @@ def _check(owner: Any, spec: dataclasses.Field[Any], value: Any) -> None:
     where = f"{type(owner).__name__}.{spec.name}"
     doc = f" ({spec.metadata['doc']})" if spec.metadata.get("doc") else ""
     if spec.metadata.get("budget"):
-        _check_budget(where, value, doc, allow_none=spec.default is None)
+        _check_budget(where, value, doc, _hints(type(owner))[spec.name])
         return
     expected = _hints(type(owner))[spec.name]
     if not _matches(value, expected):
@@ -149,10 +147,9 @@ def _check(owner: Any, spec: dataclasses.Field[Any], value: Any) -> None:
                 raise ValueError(f"{where} must be {_range(bounds)}, got {item!r}{doc}")
 
 
-def _check_budget(where: str, value: Any, doc: str, allow_none: bool) -> None:
-    if value is None and allow_none:
-        return
-    items = value if isinstance(value, tuple) and value else (value,)
+def _check_budget(where: str, value: Any, doc: str, expected: Any) -> None:
+    per_layer = any(typing.get_origin(option) is tuple for option in typing.get_args(expected))
+    items = value if isinstance(value, tuple) and value and per_layer else (value,)
     for item in items:
         count = isinstance(item, int) and not isinstance(item, bool) and item >= 1
         share = isinstance(item, float) and 0.0 < item <= 1.0
@@ -162,7 +159,6 @@ def _check_budget(where: str, value: Any, doc: str, allow_none: bool) -> None:
             )
 
 
-@lru_cache(maxsize=None)
 def _hints(owner: type) -> dict[str, Any]:
     return typing.get_type_hints(owner)
 

@@ -9,6 +9,7 @@ One forward goes through here in this order:
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from seqwise.core.caches import SlotLayer, View
 from seqwise.core.errors import CacheError, PromptError, SeqwiseError, UnsupportedModel
 from seqwise.core.ledger import Ledger, Rows
 from seqwise.core.method import Method
-from seqwise.core.observe import attention, attention_statistics, probabilities
+from seqwise.core.observe import attention, attention_statistics, gathered_attention, probabilities
 from seqwise.core.segments import IMAGE, PAD, TEXT, Segments
 from seqwise.core.select import compact
 from seqwise.core.towers import TowerDriver
@@ -51,7 +52,9 @@ def attend(
     site = _SITES.get(module)
     if site is None:
         raise SeqwiseError("this model is a copy made while a method was attached; copy it outside of `with`")
-    out = site(query, key, value, attention_mask, dropout, query.shape[-1] ** -0.5 if scaling is None else scaling, **kwargs)
+    out = site(
+        query, key, value, attention_mask, dropout, query.shape[-1] ** -0.5 if scaling is None else scaling, **kwargs
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -201,7 +204,7 @@ class Engine:
         self._previous: tuple[Tensor, Tensor, Tensor] = (torch.zeros(0),) * 3  # of the layer in front of a stage
         self._last_before: Tensor = torch.zeros(0)  # the newest position before the current rows
         self._positions: dict[str, Any] = {}
-        self._undos: list[Callable[[], None]] = []
+        self._undos: list[Callable[[], Any]] = []
         self.towers: TowerDriver | None = None
         self.stages: tuple[int, ...] = ()
         self.watched: tuple[int, ...] = ()
@@ -219,7 +222,7 @@ class Engine:
         self._undos.append(hf.route_attention(modules))
         for i, module in enumerate(a.attentions):
             _SITES[module] = self._site(i)
-            self._undos.append(lambda m=module: _SITES.pop(m, None))  # type: ignore[misc]
+            self._undos.append(functools.partial(_SITES.pop, module, None))
         add = self._undos.append
         outer = a.vision.owner if a.vision is not None else None
         if outer is not None:
@@ -234,7 +237,9 @@ class Engine:
             assert mlp is not None
             add(mlp.register_forward_hook(self._after_module(i, "mlp"), with_kwargs=True).remove)
         if a.final_norm is not None and type(a.decoder).__name__ == "GPT2Model" and self.stages:
-            raise UnsupportedModel("GPT-2 restores its input's shape behind the last layer, so rows cannot be dropped between its layers")
+            raise UnsupportedModel(
+                "GPT-2 restores its input's shape behind the last layer, so rows cannot be dropped between its layers"
+            )
         pruner, reducer = self.by_slot.get("tower.rows"), self.by_slot.get("input.rows")
         if pruner is not None or reducer is not None:
             self.towers = TowerDriver(a, pruner, reducer, self._note_tower, lambda: self.plain)
@@ -242,7 +247,7 @@ class Engine:
             assert a.vision is not None
             for i, module in enumerate(a.vision.attentions):
                 _SITES[module] = self._tower_site(i)
-                self._undos.append(lambda m=module: _SITES.pop(m, None))  # type: ignore[misc]
+                self._undos.append(functools.partial(_SITES.pop, module, None))
 
     def remove(self) -> None:
         """Undoes everything, newest first."""
@@ -295,7 +300,12 @@ class Engine:
             self.segments = self._segments_for(rows, q, mask)
             if self.input_ids is not None and self.input_ids.shape[1] == q:
                 ledger.ids = self.input_ids if ledger.ids is None else torch.cat([ledger.ids, self.input_ids], 1)
-        if embeds is not None and self.towers is not None and self.towers.keep is not None and ledger.phase == "prefill":
+        if (
+            embeds is not None
+            and self.towers is not None
+            and self.towers.keep is not None
+            and ledger.phase == "prefill"
+        ):
             kwargs = self._drop_images(kwargs, ledger)
         return args, self._placed(kwargs, ledger, q)
 
@@ -309,7 +319,9 @@ class Engine:
                 for layer in cache.layers:
                     layer.attached = True
         elif cache is not None and cache.get_seq_length() > 0:
-            raise CacheError("this cache was filled without the method; start with an empty one inside `with method.on(model)`")
+            raise CacheError(
+                "this cache was filled without the method; start with an empty one inside `with method.on(model)`"
+            )
         if mine is None:
             mine = Ledger(B, len(self.anatomy.layers), str(self.run.method))
             self.cache = None
@@ -346,7 +358,9 @@ class Engine:
         ids = self.input_ids
         if ids is None or ids.shape[1] != q:
             if {"layer.rows", "positions"} & set(self.by_slot):
-                raise PromptError("the prompt's token types are unknown (it came as embeddings); bind them: run.bind(segments)")
+                raise PromptError(
+                    "the prompt's token types are unknown (it came as embeddings); bind them: run.bind(segments)"
+                )
             return None
         return Segments.infer(ids, None if mask is None else mask[:, -q:], visual_token)
 
@@ -407,10 +421,9 @@ class Engine:
                 ledger.last_position = positions.amax(-1)
             kwargs["position_ids"] = positions
         elif 0 in ledger.shift and not ledger.fresh:
-            rows = ledger.rows[0]
-            positions = kwargs.get("position_ids")
-            positions = rows.order.clamp(min=0) if positions is None else positions.expand(ledger.batch, -1)
-            kwargs["position_ids"] = positions - ledger.shift[0][:, None]
+            given = kwargs.get("position_ids")
+            given = ledger.rows[0].order.clamp(min=0) if given is None else given.expand(ledger.batch, -1)
+            kwargs["position_ids"] = given - ledger.shift[0][:, None]
         return kwargs
 
     def _before_layer(self, index: int) -> Callable[..., Any]:
@@ -421,7 +434,9 @@ class Engine:
             if index == 0:
                 self._adopt(hf.find_cache(args, kwargs), ledger)
                 self._positions = {
-                    name: kwargs[name] for name in ("position_embeddings", "position_ids") if kwargs.get(name) is not None
+                    name: kwargs[name]
+                    for name in ("position_embeddings", "position_ids")
+                    if kwargs.get(name) is not None
                 }
             changed = False
             if index in self.stages and ledger.phase == "prefill":
@@ -432,7 +447,10 @@ class Engine:
             if index in ledger.shift and index and not ledger.fresh and ledger.phase == "decode":
                 self._shift_positions(index)
             if self._positions.get("changed"):
-                kwargs = {**kwargs, **{n: self._positions[n] for n in ("position_embeddings", "position_ids") if n in self._positions}}
+                kwargs = {
+                    **kwargs,
+                    **{n: self._positions[n] for n in ("position_embeddings", "position_ids") if n in self._positions},
+                }
                 if "attention_mask" in kwargs:
                     kwargs["attention_mask"] = None
                 changed = True
@@ -470,7 +488,9 @@ class Engine:
         if self.segments is None or not bool(self.segments.visual.any()):
             return None
         if not self.ledger.fresh:
-            raise PromptError("rows between layers can only be dropped from a prompt in one piece; use no chunked prefill")
+            raise PromptError(
+                "rows between layers can only be dropped from a prompt in one piece; use no chunked prefill"
+            )
         rows = self.ledger.rows[index]
         hidden = hf.hidden_argument(args, kwargs)
         B, r = hidden.shape[:2]
@@ -481,7 +501,15 @@ class Engine:
             images = torch.arange(int(image.max()) + 1, device=image.device)
             self.ledger.facts["entered"] = (image[..., None] == images).sum(1)
         entered = self.ledger.facts["entered"]
-        visible = Visible(rows.order, rows.order[:, None], rows.live, None if rows.live is None else rows.live[:, None], True, self.anatomy.windows[index], 0)
+        visible = Visible(
+            rows.order,
+            rows.order[:, None],
+            rows.live,
+            None if rows.live is None else rows.live[:, None],
+            True,
+            self.anatomy.windows[index],
+            0,
+        )
         held: list[Any] = []
 
         def project() -> Any:
@@ -506,7 +534,9 @@ class Engine:
         self.row_state = {name: value.gather(1, picked) for name, value in self.row_state.items()}
         self.account.acted = True
         self.note_kept(f"layer {index}", self.ledger.rows[index])
-        args, kwargs = hf.replace_hidden(args, kwargs, hidden.gather(1, picked[..., None].expand(-1, -1, hidden.shape[-1])))
+        args, kwargs = hf.replace_hidden(
+            args, kwargs, hidden.gather(1, picked[..., None].expand(-1, -1, hidden.shape[-1]))
+        )
         self._gather_positions(picked)
         if getattr(cutter, "positions", "keep") == "renumber":
             self._renumber(index, live, alive)
@@ -524,7 +554,9 @@ class Engine:
         assert self.segments is not None and self.ledger is not None
         base = self.ledger.facts.get("types")
         if base is None:
-            first = self.ledger.rows[0].order.expand(order.shape[0], -1)  # (B, q) original position of each segment column
+            first = self.ledger.rows[0].order.expand(
+                order.shape[0], -1
+            )  # (B, q) original position of each segment column
             n = int(first.max()) + 1
             place = torch.where(first >= 0, first, n)
             kind = torch.full((order.shape[0], n + 1), PAD, device=order.device).scatter(1, place, self.segments.type)
@@ -537,7 +569,10 @@ class Engine:
     def _capture(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Runs a layer just up to its attention and takes query, key and value: norms, projections and RoPE are the
         model's own, of whatever family."""
-        kwargs = {**kwargs, **{n: self._positions[n] for n in ("position_embeddings", "position_ids") if n in self._positions}}
+        kwargs = {
+            **kwargs,
+            **{n: self._positions[n] for n in ("position_embeddings", "position_ids") if n in self._positions},
+        }
         kwargs = {name: None if hf.is_cache(value) else value for name, value in kwargs.items()}
         args = tuple(None if hf.is_cache(value) else value for value in args)
         self._probing = True
@@ -557,15 +592,17 @@ class Engine:
             self._positions["position_embeddings"] = tuple(_gather_rows(x, index) for x in embeddings)
         ids = self._positions.get("position_ids")
         if ids is not None:
-            self._positions["position_ids"] = ids.expand(*ids.shape[:-2], B, -1).gather(-1, index.expand(*ids.shape[:-2], B, k))
+            self._positions["position_ids"] = ids.expand(*ids.shape[:-2], B, -1).gather(
+                -1, index.expand(*ids.shape[:-2], B, k)
+            )
         self._positions["changed"] = True
 
     def _renumber(self, index: int, before: Tensor, after: Tensor) -> None:
         """Positions 0, 1, ... of the survivors, and later tokens lowered by as much at this stage's layers."""
         assert self.ledger is not None
         dropped = before.sum(-1) - after.sum(-1)
-        earlier = next((self.ledger.shift[s] for s in sorted(self.ledger.shift, reverse=True) if s < index), torch.zeros_like(dropped))
-        self.ledger.shift[index] = earlier + dropped
+        earlier = [self.ledger.shift[s] for s in sorted(self.ledger.shift) if 0 < s < index]
+        self.ledger.shift[index] = earlier[-1] + dropped if earlier else dropped
         self._rotate((after.cumsum(-1) - 1).clamp(min=0))
 
     def _shift_positions(self, index: int) -> None:
@@ -573,7 +610,8 @@ class Engine:
         ids = self._positions.get("position_ids")
         if ids is None:
             raise UnsupportedModel("this model tells its layers no positions; use positions='keep'")
-        base = self._positions.setdefault("original", ids.expand(self.ledger.batch, -1) + self.ledger.shift.get(0, torch.zeros(1, dtype=torch.long))[:, None] if 0 in self.ledger.shift else ids.expand(self.ledger.batch, -1))
+        # what was dropped at the input is already off: `_placed` saw to it
+        base = self._positions.setdefault("original", ids.expand(self.ledger.batch, -1))
         self._rotate(base - self.ledger.shift[index][:, None])
 
     def _rotate(self, ids: Tensor) -> None:
@@ -593,7 +631,9 @@ class Engine:
                 return
             rows = self.ledger.rows[index]
             self.by_slot["layer.rows"].observe_transition(
-                Transition(index, name, hf.hidden_argument(args, kwargs), hf.hidden_of(output), rows.live, self.row_state)
+                Transition(
+                    index, name, hf.hidden_argument(args, kwargs), hf.hidden_of(output), rows.live, self.row_state
+                )
             )
 
         return hook
@@ -601,7 +641,9 @@ class Engine:
     # attention
 
     def _tower_site(self, index: int) -> Callable[..., Tensor]:
-        def site(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float, **kw: Any) -> Tensor:
+        def site(
+            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float, **kw: Any
+        ) -> Tensor:
             assert self.towers is not None
             return self.towers.attend(index, query, key, value, mask, scaling)
 
@@ -615,7 +657,13 @@ class Engine:
             if self._probing:
                 raise _Captured(query, key, value, scaling, softcap)
             if self.plain or self.ledger is None:
-                visible = Visible.of(query.shape[2], key.shape[2], padding=None if mask is None else mask[:, -key.shape[2] :], window=self.anatomy.windows[index], device=query.device)
+                visible = Visible.of(
+                    query.shape[2],
+                    key.shape[2],
+                    padding=None if mask is None else mask[:, -key.shape[2] :],
+                    window=self.anatomy.windows[index],
+                    device=query.device,
+                )
                 return attention(query, key, value, visible, scaling=scaling, softcap=softcap, dropout=dropout)[0]
             return self._attend(index, query, key, value, dropout, scaling, softcap, _model_mask(mask, query, key))
 
@@ -654,7 +702,7 @@ class Engine:
 
         chosen = self._read(index, layer, query, key, scaling) if q == 1 and "cache.read" in self.by_slot else None
         if chosen is not None:
-            out = _gathered(query, key, value, *chosen, scaling)
+            out = gathered_attention(query, key, value, *chosen, scaling=scaling)
             self.account.pairs += H * chosen[0].shape[-1]
             self.account.acted = True
         else:
@@ -664,7 +712,15 @@ class Engine:
                 out = _weighted(row_probabilities, value)
             else:
                 out, lse = attention(
-                    query, key, value, visible, scaling=scaling, softcap=softcap, dropout=dropout, spans=spans, want_lse=want
+                    query,
+                    key,
+                    value,
+                    visible,
+                    scaling=scaling,
+                    softcap=softcap,
+                    dropout=dropout,
+                    spans=spans,
+                    want_lse=want,
                 )
         rewriter = self.by_slot.get("attention.probs")
         if rewriter is not None:
@@ -695,7 +751,18 @@ class Engine:
         ledger = layer.ledger
         final = ledger.expected_columns is None or ledger.columns >= ledger.expected_columns
         view = View(
-            index, len(self.anatomy.layers), layer, query, key, value, scaling, softcap, visible, lse, row_probabilities, final
+            index,
+            len(self.anatomy.layers),
+            layer,
+            query,
+            key,
+            value,
+            scaling,
+            softcap,
+            visible,
+            lse,
+            row_probabilities,
+            final,
         )
         retainer, storer = self.by_slot.get("cache.retain"), self.by_slot.get("cache.store")
         if retainer is not None:
@@ -718,6 +785,7 @@ class Engine:
         assert self.ledger is not None and self.cache is not None
         ledger = self.ledger
         r = path.shape[0]
+        self.account.acted = True
         ledger.columns -= count - r
         ledger.step -= count - r
         assert ledger.length is not None
@@ -733,7 +801,9 @@ class Engine:
                 query, scaling, softcap = deferred[index]
                 key, value = layer.read()
                 visible = self._visible(index, r, layer)
-                self._settle(index, layer, query.index_select(2, path), key, value, scaling, softcap, visible, None, None)
+                self._settle(
+                    index, layer, query.index_select(2, path), key, value, scaling, softcap, visible, None, None
+                )
 
     def _rewrite(
         self, method: Method, index: int, query: Tensor, key: Tensor, value: Tensor, out: Tensor, visible: Visible,
@@ -758,12 +828,20 @@ class Engine:
 
         order_k, live_k = per_head(visible.order_k), per_head(visible.live_k)
         assert order_k is not None
-        own = Visible(visible.order_q, order_k, visible.live_q, live_k, True, visible.window, visible.offset, visible.extra)
+        own = Visible(
+            visible.order_q, order_k, visible.live_q, live_k, True, visible.window, visible.offset, visible.extra
+        )
         lse = None if lse is None else lse.index_select(1, pick)
 
         def statistics(reduce: tuple[str, ...]) -> dict[str, Tensor]:
             return attention_statistics(
-                chosen_q, chosen_k, visible=own, lse=lse, scaling=scaling, softcap=softcap, reduce=reduce  # type: ignore[arg-type]
+                chosen_q,
+                chosen_k,
+                visible=own,
+                lse=lse,
+                scaling=scaling,
+                softcap=softcap,
+                reduce=reduce,  # type: ignore[arg-type]
             )
 
         live = torch.ones(B, h, n, dtype=torch.bool, device=query.device) if live_k is None else live_k.expand(B, h, n)
@@ -789,7 +867,9 @@ class Engine:
 
     def _note_tower(self, stage: str, kept: list[list[int]]) -> None:
         self.run.tower_kept = kept
-        if any(len(row) < self.anatomy.vision.grid[0] * self.anatomy.vision.grid[1] for row in kept if self.anatomy.vision):
+        if any(
+            len(row) < self.anatomy.vision.grid[0] * self.anatomy.vision.grid[1] for row in kept if self.anatomy.vision
+        ):
             self.account.acted = True
 
 
@@ -798,7 +878,9 @@ def _model_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | Non
     if mask is None or mask.dim() != 4:
         return None
     if mask.shape[-2:] != (query.shape[2], key.shape[2]):
-        raise UnsupportedModel("this model masks its attention by column, which does not fit a cache or rows that shrink")
+        raise UnsupportedModel(
+            "this model masks its attention by column, which does not fit a cache or rows that shrink"
+        )
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
@@ -831,23 +913,6 @@ def gather_heads(x: Tensor, index: Tensor) -> Tensor:
     """x (B, Hkv, n) at index (B, H, k): each query head reads from its KV head."""
     B, H, k = index.shape
     return x.gather(2, index.reshape(B, x.shape[1], -1)).view(B, H, k)
-
-
-def _gathered(query: Tensor, key: Tensor, value: Tensor, index: Tensor, live: Tensor, scaling: float) -> Tensor:
-    """One-row attention over slots index (B, H, k) of each query head; reads only these keys and values.
-
-    live (B, H, k) is False on padding.
-    """
-    B, H, _, _ = query.shape
-    Hkv, k = key.shape[1], index.shape[-1]
-    flat = index.reshape(B, Hkv, -1)
-
-    def read(x: Tensor) -> Tensor:  # (B, H, k, D)
-        return x.gather(2, flat[..., None].expand(-1, -1, -1, x.shape[-1])).view(B, H, k, -1)
-
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, read(key), read(value), attn_mask=live[:, :, None], scale=scaling
-    )
 
 
 __all__ = ["TEXT", "Account", "Block", "Engine", "Read", "Stage", "Transition", "attend"]

@@ -79,8 +79,8 @@ class Ledger:
         self.peak_bytes = max(self.peak_bytes, sum(self.bytes.values()))
 
     def begin(self, mask: Tensor | None, count: int, device: torch.device, depth: Tensor | None = None) -> Rows:
-        """Enters `count` new columns. mask: the 2-D mask of all columns, or None. depth: (count,) of the nodes of a draft
-        tree, whose rows are no sequence. Returns the rows of layer 0."""
+        """Enters `count` new columns. mask: the 2-D mask of all columns, or None. depth: (count,) of the nodes of a
+        draft tree, whose rows are no sequence. Returns the rows of layer 0."""
         self.fresh = self.columns == 0
         if self.length is None:
             self.length = torch.zeros(self.batch, dtype=torch.long, device=device)

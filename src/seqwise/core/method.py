@@ -133,10 +133,10 @@ class Method(Configured):
         raise NotImplementedError
 
     def prepare(self, block: Block) -> None:
-        """`attention.probs`: once per layer and forward, before its rows; statistics of the whole map come from here."""
+        """`attention.probs`: once per layer and forward, before its rows; statistics of the whole map come here."""
 
     def rewrite(self, probabilities: Tensor, block: Block) -> Tensor:
-        """`attention.probs`: (B, h, r, n) fp32 probabilities of the chosen heads for a block of rows -> the same shape."""
+        """`attention.probs`: fp32 probabilities (B, h, r, n) of the chosen heads, for a block of rows -> the same shape."""
         raise NotImplementedError
 
     def place(self, segments: Segments, anatomy: Anatomy) -> Tensor:

@@ -11,7 +11,8 @@ block by block, each block holding all the columns its rows can see.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
+from math import log
 from typing import Literal, get_args
 
 import torch
@@ -23,6 +24,8 @@ from seqwise.core.visible import Visible
 Reduce = Literal["sum", "mean", "count", "max", "entropy"]
 _ROW_BLOCK = 64
 _COLUMN_TILE = 2048
+_LN_2 = log(2.0)
+_LOG2_E = 1 / _LN_2
 
 
 def received(
@@ -62,7 +65,7 @@ def attention_statistics(
     scaling: float | None = None,
     softcap: float | None = None,
 ) -> dict[str, Tensor]:
-    """Several reductions of the attention probabilities from one pass, in O(n) memory.
+    """Several reductions of the attention probabilities from one pass, in O(n) memory and without gradient.
 
     query: (B, H, q, D), key: (B, Hkv, n, D), after RoPE. visible: default causal, the rows being the last q columns.
     rows: which of the q rows count (slice, (R,) or (B, R) indices; default all). weight: (R,) or (B, R), multiplies a
@@ -89,6 +92,11 @@ def attention_statistics(
     weights = _row_weights(weight, visible, B, R, query.device)  # (B or 1, R)
     if softcap is not None:
         lse = None
+    strike = lse is not None and "entropy" not in reduce  # dead slots are struck out once, at the end, not in each tile
+    if lse is not None:
+        lse = lse.float() * _LOG2_E
+        if visible.live_q is not None:
+            lse = lse.masked_fill(~visible.live_q[:, None], float("inf"))  # what kernels give for padding rows differs
 
     k = key.float().reshape(B * Hkv, n, D)
     block, tile = _block_sizes(R, n, lse is not None)
@@ -100,19 +108,21 @@ def attention_statistics(
     seen_by = torch.zeros(B, seen_heads, n, device=query.device)
     entropy = torch.zeros(B, Hkv, g, R, device=query.device) if "entropy" in reduce else None
     buffer = torch.empty(B * Hkv * g * block * min(tile, n), device=query.device)
-    ones = torch.ones(1, R, device=query.device) if visible.live_q is None else visible.live_q.float()  # rows that count
+    ones = (
+        torch.ones(1, R, device=query.device) if visible.live_q is None else visible.live_q.float()
+    )  # rows that count
 
     for start in range(0, R, block):
         stop = min(start + block, R)
         r = stop - start
-        q_block = query[:, :, start:stop].float().reshape(B * Hkv, g * r, D) * scaling
+        # powers of 2 cost a quarter of powers of e, so the logits are in bits
+        factor = scaling if lse is None else scaling * _LOG2_E
+        q_block = query[:, :, start:stop].float().reshape(B * Hkv, g * r, D) * factor
         low, high = visible.span(start, stop)
         if high <= low:
             continue
         bias = (
-            torch.zeros((), device=query.device)
-            if lse is None
-            else -lse[:, :, start:stop].float().reshape(B * Hkv, g * r, 1)
+            torch.zeros((), device=query.device) if lse is None else -lse[:, :, start:stop].reshape(B * Hkv, g * r, 1)
         )
         for left in range(low, high, tile):
             right = min(left + tile, high)
@@ -121,48 +131,51 @@ def attention_statistics(
             torch.baddbmm(bias, q_block, k[:, left:right].mT, out=p)
             if softcap is not None:
                 p.div_(softcap).tanh_().mul_(softcap)
-            seen = visible.tile(start, stop, left, right)  # (B or 1, Hkv or 1, r, c)
+            edge = visible.open_until(start, stop, left, right) if strike or visible.live_k is None else left
+            seen = visible.tile(start, stop, edge, right, dead=not strike) if edge < right else None
             p5 = p.view(B, Hkv, g, r, c)
+            hidden = None if seen is None else (p5[..., edge - left :], ~seen[:, :, None])  # Hkv or 1, then g
             if lse is None:
-                if seen is not None:
-                    p5.masked_fill_(~seen[:, :, None], float("-inf"))
+                if hidden is not None:
+                    hidden[0].masked_fill_(hidden[1], float("-inf"))
                 log_p = torch.log_softmax(p, -1) if entropy is not None else None
                 p.copy_(log_p.exp() if log_p is not None else torch.softmax(p, -1))
                 if seen is not None:
                     p.nan_to_num_(nan=0.0)  # rows that see nothing
             else:
-                log_p = p.clone() if entropy is not None else None
-                p.exp_()
-                if seen is not None:
-                    p5.masked_fill_(~seen[:, :, None], 0.0)
+                log_p = p * _LN_2 if entropy is not None else None
+                p.exp2_()
+                if hidden is not None:
+                    hidden[0].masked_fill_(hidden[1], 0.0)
             if entropy is not None and log_p is not None:
                 plogp = torch.where(p > 0, p * log_p, 0.0)
                 entropy[..., start:stop] -= plogp.sum(-1).view(B, Hkv, g, r)
             if counting:
                 counted = ones[:, None, start:stop, None]
-                seen_by[..., left:right] += counted.sum(-2) if seen is None else (seen.float() * counted).sum(-2)
-            if "sum" in out or "mean" in out:
-                w = weights[:, start:stop].expand(B, r)[:, None, None].expand(B, Hkv, 1, r)
-                w = w.reshape(B * Hkv, 1, 1, r)
-                if "sum" in out:
-                    _add_weighted(out["sum"][..., left:right], p.view(B * Hkv, g, r, c), w, heads)
-                if "mean" in out:
-                    u = ones[:, start:stop].expand(B, r)[:, None, None].expand(B, Hkv, 1, r).reshape(B * Hkv, 1, 1, r)
-                    _add_weighted(out["mean"][..., left:right], p.view(B * Hkv, g, r, c), u, heads)
+                seen_by[..., left:edge] += counted.sum(-2)
+                seen_by[..., edge:right] += counted.sum(-2) if seen is None else (seen.float() * counted).sum(-2)
+            if "sum" in out:
+                _add_weighted(out["sum"][..., left:right], p, weights[:, start:stop], B, heads)
+            if "mean" in out:
+                _add_weighted(out["mean"][..., left:right], p, ones[:, start:stop], B, heads)
             if "max" in out:
-                if visible.live_q is not None:
+                if visible.live_q is not None and lse is None:
                     p5.mul_(visible.live_q[:, None, None, start:stop, None])
                 view = out["max"][..., left:right]
                 torch.maximum(view, p.view(B * Hkv, g, r, c).amax(2), out=view)
 
+    dead = ~visible.live_k if strike and visible.live_k is not None else None
+    if dead is not None:
+        seen_by = seen_by.masked_fill(dead, 0.0)
     result: dict[str, Tensor] = {}
-    for name in ("sum", "mean", "max"):
-        if name in out:
-            per_head = out[name].view(B, Hkv, g, n)
-            if heads == "kv":
-                result[name] = per_head.amax(2) if name == "max" else per_head.sum(2)
-            else:
-                result[name] = per_head.reshape(B, H, n)
+    for name, total in out.items():
+        per_head = total.view(B, Hkv, g, n)
+        if dead is not None:
+            per_head = per_head.masked_fill(dead[:, :, None], 0.0)
+        if heads == "kv":
+            result[name] = per_head.amax(2) if name == "max" else per_head.sum(2)
+        else:
+            result[name] = per_head.reshape(B, H, n)
     if "mean" in result:
         result["mean"] = result["mean"] / _per_head(seen_by, result["mean"].shape[1]).clamp(min=1)
     if "count" in reduce:
@@ -172,14 +185,16 @@ def attention_statistics(
     return result
 
 
-def _add_weighted(out: Tensor, p: Tensor, w: Tensor, heads: str) -> None:
-    """out (N, g, c) += w . p over the rows of p (N, g, r, c); for KV heads all goes into group 0, summed later."""
-    N, g, r, c = p.shape
+def _add_weighted(out: Tensor, p: Tensor, weight: Tensor, B: int, heads: str) -> None:
+    """out (N, g, c) += weight . p over the rows of p (N, g r, c), N = B Hkv; weight: (B or 1, r). For KV heads all goes
+    into group 0, summed later."""
+    N, g, c = out.shape
+    r = p.shape[1] // g
+    w = weight.expand(B, r).repeat_interleave(N // B, dim=0)  # (N, r)
     if heads == "kv":
-        folded = w.expand(N, 1, g, r).reshape(N, 1, g * r)
-        out[:, :1] += torch.bmm(folded, p.reshape(N, g * r, c))
+        out[:, :1] += torch.bmm(w.repeat(1, g)[:, None], p)
     else:
-        out += torch.matmul(w, p)[:, :, 0]
+        out += torch.matmul(w[:, None, None], p.view(N, g, r, c))[:, :, 0]
 
 
 def _per_head(x: Tensor, H: int) -> Tensor:
@@ -241,7 +256,7 @@ def attention(
     if plain and visible.live_k is None:
         return _fused(query, key, value, None, q > 1, scaling, dropout, want_lse)
     if plain and spans is not None:
-        out = torch.zeros_like(query[..., : value.shape[-1]]) if value.shape[-1] <= query.shape[-1] else query.new_zeros(*query.shape[:3], value.shape[-1])
+        out = query.new_zeros(*query.shape[:3], value.shape[-1])
         lse = query.new_zeros(query.shape[:3], dtype=torch.float32)
         complete = want_lse
         for b, (start, stop) in enumerate(spans):
@@ -276,6 +291,30 @@ def attention(
     if not want_lse or any(one is None for one in lses):
         return out, None
     return out, lses[0] if len(lses) == 1 else torch.cat([one for one in lses if one is not None], 2)
+
+
+def gathered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    live: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+) -> Tensor:
+    """One-row attention of each query head over its slots index (B, H, k), reading only these keys and values.
+
+    query: (B, H, 1, D), key: (B, Hkv, n, D), value: (B, Hkv, n, Dv); live (B, H, k) is False on padding of the index.
+    Returns (B, H, 1, Dv).
+    """
+    B, H, k = index.shape
+    flat = index.reshape(B, key.shape[1], -1)  # (B, Hkv, g k): a group reads from its own KV head
+
+    def read(x: Tensor) -> Tensor:  # (B, H, k, D)
+        return x.gather(2, flat[..., None].expand(-1, -1, -1, x.shape[-1])).view(B, H, k, -1)
+
+    seen = None if live is None else live[:, :, None]  # (B, H, 1, k)
+    return scaled_dot_product_attention(query, read(key), read(value), attn_mask=seen, scale=scaling)
 
 
 def _mask_heads(seen: Tensor, H: int) -> Tensor:
@@ -314,9 +353,7 @@ def _fused(
     return out, None
 
 
-def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, visible: Visible, scaling: float, softcap: float
-) -> Tensor:
+def _softcapped(query: Tensor, key: Tensor, value: Tensor, visible: Visible, scaling: float, softcap: float) -> Tensor:
     """Row-blocked attention with capped logits, which no fused CPU kernel offers."""
     B, H, q, _ = query.shape
     g = H // key.shape[1]
@@ -324,7 +361,9 @@ def _softcapped(
     for start in range(0, q, 256):
         stop = min(start + 256, q)
         low, high = visible.span(start, stop)
-        p = softcapped_probabilities(query[:, :, start:stop], key[:, :, low:high], visible.tile(start, stop, low, high), scaling, softcap)
+        p = softcapped_probabilities(
+            query[:, :, start:stop], key[:, :, low:high], visible.tile(start, stop, low, high), scaling, softcap
+        )
         outs.append(p.to(value.dtype) @ value[:, :, low:high].repeat_interleave(g, dim=1))
     return torch.cat(outs, 2)
 
@@ -352,7 +391,7 @@ def softcapped_probabilities(
     return logits.softmax(-1).view(B, H, r, n)
 
 
-@lru_cache(maxsize=None)
+@cache
 def lse_available(device: str, dtype: torch.dtype) -> bool:
     """Whether this device's fused kernel gives a log-sum-exp that agrees with a plain one, probed once."""
     operator = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)

@@ -7,6 +7,7 @@ How codes and parameters come about (channelwise, tokenwise, ...) is a paper's o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,17 +77,19 @@ class Packed:
     def select(self, batch: Tensor) -> Packed:
         """Samples `batch` of the batch axis (beam search)."""
         parts = {name: getattr(self, name) for name in ("codes", "minimum", "step", "scale")}
-        chosen = {
-            name: x if x is None or x.shape[0] == 1 else x.index_select(0, batch) for name, x in parts.items()
-        }
+        chosen = {name: x if x is None or x.shape[0] == 1 else x.index_select(0, batch) for name, x in parts.items()}
         return replace(self, **chosen)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (self.codes, self.minimum, self.step, self.scale) if x is not None]
+
+    @property
     def nbytes(self) -> int:
-        parts = (self.codes, self.minimum, self.step, self.scale)
-        return sum(storage_bytes(x) for x in parts if x is not None)
+        return storage_bytes(self.tensors)
 
 
-def storage_bytes(x: Tensor | None) -> int:
-    """Bytes that really lie behind a tensor, expansions counted once."""
-    return 0 if x is None else x.untyped_storage().nbytes()
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that really lie behind tensors: each storage counts once, expansions not at all."""
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())

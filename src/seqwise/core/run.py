@@ -56,7 +56,8 @@ class Report:
             f"{self.method}{'' if self.acted else '   (never acted)'}",
             f"  tokens seen        {self.tokens}",
             f"  kept per layer     {kept}",
-            f"  cache              {mib(self.cache_bytes)} allocated, {mib(self.live_bytes)} live, {mib(self.plain_bytes)} plain",
+            f"  cache              {mib(self.cache_bytes)} allocated, {mib(self.live_bytes)} live, "
+            f"{mib(self.plain_bytes)} plain",
             f"  cache peak         {mib(self.peak_bytes)}",
             f"  attention work     {self.attention_work:.1%} of the plain model's",
         ]
@@ -89,19 +90,22 @@ class Run:
     def __enter__(self) -> Run:
         if "_seqwise_run" in vars(self.model):
             raise AlreadyAttached(
-                f"{type(self.model).__name__} already runs under {vars(self.model)['_seqwise_run'].method}; compose with `|` instead"
+                f"{type(self.model).__name__} already runs under {vars(self.model)['_seqwise_run'].method}; "
+                "compose with `|` instead"
             )
         try:
             self.engine.install()
             self._set("_seqwise_run", self)
             if hasattr(self.model, "generate"):
-                self._set("generate", self._generate(self.model.generate))
+                self._set("generate", self._generate(self.model.generate)  # type: ignore[arg-type])
         except BaseException:
             self.detach()
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
     def detach(self) -> None:
@@ -154,20 +158,21 @@ class Run:
             if ids is None or ids.shape[1] == 0:
                 raise PromptError("the prompt is empty; give at least one token")
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
-            kept = cache is not None and cache.get_seq_length() > 0
-            if kept and not self._new_turn and isinstance(cache.layers[0], SlotLayer):
-                cache.layers[0].ledger.phase = "decode"
+            kept = None  # the ledger of a cache that is continued
+            if cache is not None and cache.get_seq_length() > 0 and isinstance(cache.layers[0], SlotLayer):
+                kept = cache.layers[0].ledger
+            if kept is not None and not self._new_turn:
+                kept.phase = "decode"
             mask = kwargs.get("attention_mask")
-            chunked = self.chunk is not None
             lengths = None
-            if chunked and not kept:
+            if self.chunk is not None and kept is None:
                 lengths = [ids.shape[1]] * ids.shape[0] if mask is None else mask.sum(-1).tolist()
                 if 0 in lengths:
                     raise PromptError("a prompt of the batch is empty (all padding); give each at least one token")
                 kwargs["prefill_chunk_size"] = self.chunk
             self.prompt = (lengths, ids.shape[1])
-            if kept and self._new_turn and isinstance(cache.layers[0], SlotLayer):
-                cache.layers[0].ledger.expected_columns = max(ids.shape[1], 0 if mask is None else mask.shape[1])
+            if kept is not None and self._new_turn:
+                kept.expected_columns = max(ids.shape[1], 0 if mask is None else mask.shape[1])
             self._new_turn = False
             looper = self.engine.by_slot.get("decode.loop")
             if looper is not None:
@@ -183,10 +188,14 @@ class Run:
         config = kwargs.get("generation_config")
         for name in ("assistant_model", "prompt_lookup_num_tokens"):
             if kwargs.get(name) is not None or getattr(config, name, None) is not None:
-                raise UnsupportedModel(f"generate({name}=...) cannot crop a cache that a method has changed; leave it out")
+                raise UnsupportedModel(
+                    f"generate({name}=...) cannot crop a cache that a method has changed; leave it out"
+                )
         implementation = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
         if implementation not in (None, "dynamic"):
-            raise UnsupportedModel(f"cache_implementation={implementation!r} is not supported; use the default dynamic cache")
+            raise UnsupportedModel(
+                f"cache_implementation={implementation!r} is not supported; use the default dynamic cache"
+            )
         if self.chunk is not None and kwargs.get("pixel_values") is not None:
             raise UnsupportedModel("chunk: images cannot be split over chunks; attach without chunk")
 
@@ -197,7 +206,9 @@ class Run:
                 raise PromptError(f"{looper} decodes one prompt at a time, got a batch of {input_ids.shape[0]}")
             if getattr(generation_config, "num_beams", 1) not in (None, 1):
                 raise PromptError(f"{looper} does not search beams; use num_beams=1")
-            return looper.decode(Loop(self, model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs))
+            return looper.decode(
+                Loop(self, model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+            )
 
         return custom
 
@@ -257,7 +268,12 @@ class Run:
         for slot in slots:
             if slot.is_initialized:
                 k, v = slot.keys, slot.values
-                plain += k.shape[0] * k.shape[1] * columns * (k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size())
+                plain += (
+                    k.shape[0]
+                    * k.shape[1]
+                    * columns
+                    * (k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size())
+                )
         kept = [float(slot.live_mask().sum(-1).float().mean()) for slot in slots if slot.is_initialized]
         return Report(
             method=str(self.method),
@@ -301,13 +317,15 @@ class Run:
         tensors |= {f"ledger.shift.{layer}": shift for layer, shift in ledger.shift.items()}
         facts = {
             "format": _FORMAT, "method": str(self.method), "fingerprint": self.anatomy.fingerprint, "layers": layers,
-            "ledger": {name: getattr(ledger, name) for name in ("batch", "step", "columns", "entered", "padded", "kept")},
+            "ledger": {n: getattr(ledger, n) for n in ("batch", "step", "columns", "entered", "padded", "kept")},
         }  # fmt: skip
         target = Path(path)
         handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
         os.close(handle)
         try:
-            save_file({name: x.contiguous().cpu() for name, x in tensors.items()}, temporary, {"seqwise": json.dumps(facts)})
+            save_file(
+                {name: x.contiguous().cpu() for name, x in tensors.items()}, temporary, {"seqwise": json.dumps(facts)}
+            )
             os.replace(temporary, target)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -327,25 +345,31 @@ class Run:
         try:
             with safe_open(str(path), "pt") as file:
                 facts = json.loads((file.metadata() or {}).get("seqwise", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
             raise CacheError(f"cannot read a context from {path}: {error}") from None
         if not facts or facts.get("format") != _FORMAT:
             raise CacheError(f"{path} is no saved context")
         if facts["fingerprint"] != self.anatomy.fingerprint:
-            raise CacheError(f"{path} was saved from another model ({facts['fingerprint']}, this one is {self.anatomy.fingerprint})")
+            raise CacheError(
+                f"{path} was saved from another model ({facts['fingerprint']}, this one is {self.anatomy.fingerprint})"
+            )
         if facts["method"] != str(self.method):
             raise CacheError(f"{path} was saved under {facts['method']}; open it under the same method")
         device = next(self.model.parameters()).device
         tensors = {name: x.to(device) for name, x in tensors.items()}
-        ledger = Ledger(layers=len(self.anatomy.layers), method=facts["method"], phase="decode", fresh=False, **facts["ledger"])
+        ledger = Ledger(
+            layers=len(self.anatomy.layers), method=facts["method"], phase="decode", fresh=False, **facts["ledger"]
+        )
         ledger.length, ledger.last_position = tensors["ledger.length"], tensors.get("ledger.last_position")
         ledger.ids = tensors.get("ledger.ids")
         ledger.shift = {int(n.rsplit(".", 1)[1]): x for n, x in tensors.items() if n.startswith("ledger.shift.")}
         layers = []
         for index, spec in enumerate(facts["layers"]):
             layer = SlotLayer(ledger, index)
-            _fill_slot(layer, spec, {n.split(".", 1)[1]: x for n, x in tensors.items() if n.split(".", 1)[0] == str(index)})
+            _fill_slot(
+                layer, spec, {n.split(".", 1)[1]: x for n, x in tensors.items() if n.split(".", 1)[0] == str(index)}
+            )
             layers.append(layer)
         self.engine.ledger = ledger
         self.engine.cache = hf.new_cache(layers)
@@ -415,23 +439,29 @@ class Loop:
             mask = self._kwargs.get("attention_mask")
             names = ("mm_encoder_outputs", "pixel_values", "image_sizes", "image_grid_thw")
             extra = {name: self._kwargs[name] for name in names if self._kwargs.get(name) is not None}
+            positions = None if mask is None else (mask[:, : self.input_ids.shape[1]].cumsum(-1) - 1).clamp(min=0)
             step = self.run.chunk or ids.shape[1]
             for start in range(0, ids.shape[1], step):
                 stop = min(start + step, ids.shape[1])
                 self.model(
                     input_ids=ids[:, start:stop], attention_mask=None if mask is None else mask[:, : seen + stop],
+                    position_ids=None if positions is None else positions[:, seen + start : seen + stop],
                     cache=self._cache, use_cache=True, logits_to_keep=1, **extra,
                 )  # fmt: skip
                 self.forwards += 1
         self.run.end_prompt()
 
     def verify(self, ids: Tensor, depth: Tensor, sees: Tensor) -> Tensor:
-        """One forward over a draft tree: ids (1, N), depth (N,) of each node, sees (N, N) bool. Returns logits (1, N, V)."""
+        """One forward over a draft tree: ids (1, N), depth (N,) of each node, sees (N, N) bool -> logits (1, N, V)."""
         engine = self.run.engine
         engine.tree, engine.depth, engine.deferred = sees, depth, {}
         try:
             ledger = engine.ledger
-            start = ledger.length if ledger is not None and ledger.columns and ledger.length is not None else torch.zeros(1, dtype=torch.long, device=ids.device)
+            start = (
+                ledger.length
+                if ledger is not None and ledger.columns and ledger.length is not None
+                else torch.zeros(1, dtype=torch.long, device=ids.device)
+            )
             logits: Tensor = self.model(
                 input_ids=ids, position_ids=start[:, None] + depth[None], cache=self._cache, use_cache=True
             ).logits

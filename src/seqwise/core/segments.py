@@ -17,8 +17,8 @@ PAD, TEXT, IMAGE = 0, 1, 2
 class Segments:
     """Facts of each token, (B, N) int64 each; -1 where a fact does not apply.
 
-    type: PAD, TEXT or IMAGE. image: which image of the sample, tile: which tile or frame of it, row and column: the grid
-    cell. set and member: which set of the prompt the token belongs to, and which of its members.
+    type: PAD, TEXT or IMAGE. image: which image of the sample, tile: which tile or frame of it, row and column: the
+    grid cell. set and member: which set of the prompt the token belongs to, and which of its members.
     """
 
     type: Tensor
@@ -33,7 +33,9 @@ class Segments:
         for spec in fields(self):
             value = getattr(self, spec.name)
             if value.shape != self.type.shape or value.dim() != 2:
-                raise PromptError(f"segments.{spec.name} must have shape {tuple(self.type.shape)}, got {tuple(value.shape)}")
+                raise PromptError(
+                    f"segments.{spec.name} must have shape {tuple(self.type.shape)}, got {tuple(value.shape)}"
+                )
 
     @property
     def visual(self) -> Tensor:
@@ -66,7 +68,8 @@ def prepare(processor: Any, messages: list[dict[str, Any]], **options: Any) -> t
     """
     if processor is None:
         raise MissingExtra(
-            "this model's processor needs torchvision: pip install torchvision, or build the batch with its image processor and tokenizer"
+            "this model's processor needs torchvision: pip install torchvision, "
+            "or build the batch with its image processor and tokenizer"
         )
     batch = processor.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt", **options

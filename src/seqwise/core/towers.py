@@ -128,7 +128,9 @@ class TowerDriver:
 
     # attention of the tower
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
         if mask is not None:
             raise UnsupportedModel(f"{type(self.anatomy.model).__name__}: a masked vision tower cannot be observed")
         wanted = self.pruner is not None and layer <= self.vision.feature_layer
@@ -150,7 +152,8 @@ class TowerDriver:
                 self._alive = torch.arange(n, device=hidden.device)[None]
             seen = TowerLayer(
                 index, self.vision.feature_layer, specials, self.vision.grid, self.vision.grid[0] * self.vision.grid[1],
-                self._tiles[self._tile] if self._tiles else 1, bool(self._tiles), query, key, value, scaling, self._state,
+                self._tiles[self._tile] if self._tiles else 1, bool(self._tiles),
+                query, key, value, scaling, self._state,
             )  # fmt: skip
             keep = self.pruner.prune_tower(seen)
             if keep is None or keep.shape[1] == n:
@@ -166,19 +169,31 @@ class TowerDriver:
         """The tower on each tile alone; the survivors' features go back to their places on the full grid."""
         if not self._active:
             return original(pixel_values, *args, **kwargs)
-        outputs, survivors, self._by_tile = [], [], []
+        outputs: list[Any] = []
+        survivors: list[Tensor] = []
+        self._by_tile = []
         N, specials = self.vision.grid[0] * self.vision.grid[1], self.vision.specials
         for self._tile, tile in enumerate(pixel_values.split(1)):
             self._alive, self._state, self._layers = None, {}, {}
             output = original(tile, *args, **kwargs)
-            assert self._alive is not None
-            survivors.append(self._alive[0])
-            self._by_tile.append((self._alive, self._layers))
-            rows = torch.cat([torch.arange(specials, device=tile.device), self._alive[0] + specials])
+            alive = self._survivors()
+            survivors.append(alive[0])
+            self._by_tile.append((alive, self._layers))
+            rows = torch.cat([torch.arange(specials, device=tile.device), alive[0] + specials])
             outputs.append(hf.spread_hidden(output, self.vision.feature_layer + 1, rows, specials + N))
         self._alive = None
-        self._kept = torch.stack([torch.zeros(N, device=alive.device).scatter(0, alive, 1.0) for alive in survivors]) > 0
+        self._kept = (
+            torch.stack([torch.zeros(N, device=alive.device).scatter(0, alive, 1.0) for alive in survivors]) > 0
+        )
         return hf.joined_outputs(outputs)
+
+    def _survivors(self) -> Tensor:
+        """(1, k): patches of the tile that has just run."""
+        if self._alive is None:
+            raise UnsupportedModel(
+                f"{type(self.anatomy.model).__name__}: its vision tower runs without its layers' hooks"
+            )
+        return self._alive
 
     def _pack(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._packing = (args, kwargs)
@@ -244,5 +259,5 @@ class TowerDriver:
             kwargs = {**kwargs, "image_features": split}
         if "image_newline" in kwargs:
             kwargs = {**kwargs, "image_newline": newline}
-        packed, _ = getattr(type(self.vision.owner), "pack_image_features")(self.vision.owner, *args, **kwargs)
+        packed, _ = type(self.vision.owner).pack_image_features(self.vision.owner, *args, **kwargs)  # type: ignore[attr-defined]
         return torch.cat([rows[:, 0] for rows in packed]) >= 0.5

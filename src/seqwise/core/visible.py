@@ -21,7 +21,7 @@ class Visible:
 
     order_q: (B or 1, q); order_k: (B or 1, Hkv or 1, n); live_q: (B or 1, q) or None (all live);
     live_k: (B or 1, Hkv or 1, n) or None. `offset` is set where slots are in column order and row i is column
-    offset + i: tiles above the diagonal are then skipped. `extra`: a (B or 1, 1, q, n) mask of what may be seen besides.
+    offset + i: tiles above the diagonal are then skipped. `extra` (B or 1, 1, q, n) is a further mask, True where seen.
     """
 
     order_q: Tensor
@@ -107,8 +107,19 @@ class Visible:
             low = max(0, self.offset + start - self.window + 1)
         return low, min(self.slots, self.offset + stop)
 
-    def tile(self, start: int, stop: int, low: int, high: int) -> Tensor | None:
-        """(B or 1, Hkv or 1, stop - start, high - low), True where seen; None where all is seen."""
+    def open_until(self, start: int, stop: int, low: int, high: int) -> int:
+        """The column in [low, high] before which rows start..stop see every live slot: no mask is needed there."""
+        if self.offset is None or self.extra is not None:
+            return low
+        if self.window is not None and low < self.offset + stop - self.window:
+            return low
+        return max(low, min(high, self.offset + start + 1)) if self.causal else high
+
+    def tile(self, start: int, stop: int, low: int, high: int, dead: bool = True) -> Tensor | None:
+        """(B or 1, Hkv or 1, stop - start, high - low), True where seen; None where all is seen.
+
+        `dead=False` leaves dead slots in, for callers that strike them out themselves.
+        """
         parts: list[Tensor] = []
         q = self.order_q[:, None, start:stop, None]
         k = self.order_k[..., None, low:high]
@@ -116,7 +127,7 @@ class Visible:
             parts.append(k <= q)
         if self.window is not None and (self.offset is None or low < self.offset + stop - self.window):
             parts.append(q - k < self.window)
-        if self.live_k is not None:
+        if dead and self.live_k is not None:
             parts.append(self.live_k[..., None, low:high])
         if self.extra is not None:
             parts.append(self.extra[..., start:stop, low:high])

@@ -3,8 +3,8 @@
     cost(cell)    = cache bytes / bytes of the plain model's cache, both as stored
     verdict(cell) = loss or gain when the 95 % interval of the paired difference to Full excludes 0, else within noise
 
-Charts are drawn here as SVG: no chart library, so a report takes tens of kilobytes and opens at once. Whatever models
-and users wrote is escaped by the templates; a content security policy forbids all else that could load or run.
+Charts are drawn here as SVG: a chart library, inlined, would weigh megabytes in each report. Whatever models and users
+wrote is escaped by the templates; a content security policy forbids all else that could load or run.
 """
 
 from __future__ import annotations
@@ -476,7 +476,7 @@ class Panel:
         return self.height - self.bottom - (self.height - self.top - self.bottom) * up
 
     def value(self, tick: float) -> str:
-        return measure(self.metric, tick)
+        return percent(tick) if self.metric in SHARES else f"{tick:g}".replace("-", "\N{MINUS SIGN}")
 
     def _spread(self, cells: list[Cell]) -> list[tuple[Cell, float]]:
         """Each cell with its x, moved sideways as little as keeps marks, crossing bars and groups apart."""
@@ -562,10 +562,15 @@ def number(facts: Mapping[str, Any] | None, name: str) -> float | None:
 
 def measure(metric: str, value: float, *, signed: bool = False) -> str:
     """A value of a metric as text; differences of shares are in percentage points."""
-    share = metric in SHARES
-    figure = f"{100 * value:.0f}" if share else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-    figure = minus(f"{'+' if signed and value > 0 and float(figure) else ''}{figure}")
-    return figure + ("" if not share else " points" if signed else "\N{NO-BREAK SPACE}%")
+    if metric in SHARES:
+        return plus_minus(100 * value, 0, signed) + (" points" if signed else "\N{NO-BREAK SPACE}%")
+    return plus_minus(value, 3 if abs(value) < 10 else 1, signed)
+
+
+def plus_minus(value: float, decimals: int, signed: bool) -> str:
+    """With a minus sign as wide as the plus sign; what rounds to 0 has neither."""
+    figure = f"{value:{'+' if signed else ''}.{decimals}f}"
+    return figure.lstrip("+-") if float(figure) == 0 else figure.replace("-", "\N{MINUS SIGN}")
 
 
 def between(metric: str, low: float, high: float, *, signed: bool = False) -> str:
@@ -574,11 +579,6 @@ def between(metric: str, low: float, high: float, *, signed: bool = False) -> st
         for x in (low, high)
     ]
     return f"{texts[0]} to {texts[1]}"
-
-
-def minus(text: str) -> str:
-    """With the sign that has a plus sign's width; nothing is less than zero by nothing."""
-    return "0" if text == "-0" else text.replace("-", "\N{MINUS SIGN}")
 
 
 def percent(share: float | None) -> str:

@@ -14,19 +14,19 @@ from seqwise.methods.reduce.transprune import TransPrune
 
 __all__ = [
     "A2SF",
+    "H2O",
+    "TOVA",
+    "V2PE",
     "AttentionCalibration",
     "FlowCut",
     "FoPru",
     "Full",
-    "H2O",
     "LazyEviction",
     "Random",
     "Recent",
     "SnapKV",
-    "TOVA",
     "TidalDecode",
     "TokenRecycling",
     "TransPrune",
-    "V2PE",
     "ZipCache",
 ]

@@ -8,7 +8,10 @@ for (const point of document.querySelectorAll(".point")) {
   title.remove(); // else the browser shows it a second time
   point.setAttribute("aria-label", text);
   const show = () => {
-    tip.textContent = text;
+    const [name, ...facts] = text.split("\n");
+    const bold = document.createElement("b");
+    bold.textContent = name;
+    tip.replaceChildren(bold, "\n" + facts.join("\n"));
     tip.hidden = false;
     const at = point.getBoundingClientRect(), room = document.documentElement.clientWidth - tip.offsetWidth - 8;
     const above = at.top - tip.offsetHeight - 8;

@@ -96,7 +96,8 @@ class A2SF(Method):
             layer_budget(self.budget, layer, len(anatomy.layers), f"{type(self).__name__}.budget")
         if isinstance(self.forget, tuple) and len(self.forget) != len(anatomy.layers):
             raise ValueError(
-                f"{type(self).__name__}.forget must have one entry per layer ({len(anatomy.layers)}), got {len(self.forget)}"
+                f"{type(self).__name__}.forget must have one entry per layer ({len(anatomy.layers)}), "
+                f"got {len(self.forget)}"
             )
 
     def observes(self, phase: str) -> bool:
@@ -109,7 +110,9 @@ class A2SF(Method):
         capacity = view.capacity(layer_budget(self.budget, view.layer, view.layers))
         if view.phase == "prefill" and self.window is not None:
             rows = min(self.window, view.new)
-            score = view.received(rows=slice(view.new - rows, view.new), weight=row_weights(rows, alpha, view.key.device))
+            score = view.received(
+                rows=slice(view.new - rows, view.new), weight=row_weights(rows, alpha, view.key.device)
+            )
         else:
             score = view.received(weight=row_weights(view.new, alpha, view.key.device))  # (B, Hkv, n)
             if "score" in view.state:
@@ -137,7 +140,7 @@ class TOVA(A2SF):
 
 @dataclass(frozen=True)
 class SnapKV(A2SF):
-    """SnapKV (arXiv 2404.14469) as a preset: a window of the prompt's last rows, max-pooled; evicts after the prompt only."""
+    """SnapKV (arXiv 2404.14469) as a preset: a window of the prompt's last rows, max-pooled, after the prompt only."""
 
     forget: float | tuple[float, ...] = param(1.0, ge=1, le=1, doc="window rows weigh alike")
     recent: int = param(32, ge=0, doc="newest slots always kept")

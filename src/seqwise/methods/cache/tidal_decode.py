@@ -24,12 +24,13 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from seqwise.core.anatomy import Anatomy
 from seqwise.core.engine import Read
 from seqwise.core.errors import UnsupportedModel
 from seqwise.core.method import Method, budget_param, param
+from seqwise.core.observe import gathered_attention
 from seqwise.core.select import top_k
 
 Role = Literal["full", "select", "reuse"]
@@ -93,17 +94,8 @@ def selected_attention(
     q: (B, H, 1, D), K: (B, Hkv, n, D), V: (B, Hkv, n, Dv); live and scaling as in `scores`. Returns (B, H, 1, Dv),
     equal to attention under a mask that shows each head its idx. Every head needs at least one live position.
     """
-    B, H, k = idx.shape
-    Hkv = K.shape[1]
-    flat = idx.reshape(B, Hkv, H // Hkv * k)  # (B, Hkv, g k): a group reads from its own KV head
-
-    def read(x: Tensor) -> Tensor:  # (B, H, k, D)
-        return x.gather(2, flat[..., None].expand(-1, -1, -1, x.shape[-1])).reshape(B, H, k, x.shape[-1])
-
-    seen = None
-    if live is not None:
-        seen = _per_query_head(live, H).expand(B, H, -1).gather(2, idx)[:, :, None]  # (B, H, 1, k)
-    return scaled_dot_product_attention(q, read(K), read(V), attn_mask=seen, scale=scaling)
+    seen = None if live is None else _per_query_head(live, idx.shape[1]).expand(*idx.shape[:2], -1).gather(2, idx)
+    return gathered_attention(q, K, V, idx, seen, scaling=scaling)
 
 
 def _per_query_head(live: Tensor, heads: int) -> Tensor:  # (B, 1 or H, n)
@@ -129,12 +121,8 @@ class TidalDecode(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.budget, tuple):
-            raise ValueError(f"TidalDecode.budget must be one number for all layers, got {self.budget!r}")
         if self.start >= self.correction:
-            raise ValueError(
-                f"TidalDecode.start must be in [0, correction) = [0, {self.correction}), got {self.start}"
-            )
+            raise ValueError(f"TidalDecode.start must be in [0, correction) = [0, {self.correction}), got {self.start}")
 
     def identity(self) -> Method:
         return replace(self, budget=1.0)

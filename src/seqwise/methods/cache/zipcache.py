@@ -132,9 +132,7 @@ def dequantize(codes: Tensor, minimum: Tensor, step: Tensor, scale: Tensor | Non
     return x if scale is None else x * scale
 
 
-def _quantize(
-    x: Tensor, bits: int, over: tuple[int, ...], live: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize(x: Tensor, bits: int, over: tuple[int, ...], live: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Asymmetric min-max codes; minimum and maximum run over the axes `over` of x (B, Hkv, m, D)."""
     if bits not in BITS:
         raise ValueError(f"ZipCache.bits must be one of {BITS}, got {bits}")

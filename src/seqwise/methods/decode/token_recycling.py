@@ -66,7 +66,7 @@ class Tree:
     paths: Tensor
 
     @classmethod
-    def of(cls, nodes: tuple[tuple[int, ...], ...], device: torch.device | str | None = None) -> "Tree":
+    def of(cls, nodes: tuple[tuple[int, ...], ...], device: torch.device | str | None = None) -> Tree:
         """Raises ValueError where a node stands before its father or twice, or depths fall."""
         index: dict[tuple[int, ...], int] = {(): 0}
         for i, node in enumerate(nodes, 1):
@@ -206,7 +206,7 @@ class TokenRecycling(Method):
     # identity() is None: the loop itself is what acts; its text is the plain model's under every setting
 
     def needs(self) -> set[str]:
-        return {"full attention"}
+        return {"full attention", "1-D positions"}
 
     def decode(self, loop: Loop) -> Tensor:
         device = loop.input_ids.device
@@ -223,7 +223,7 @@ class TokenRecycling(Method):
             logits = loop.verify(drafts[None], tree.depth, tree.mask)[0]  # (N, V)
             M = update(M, drafts, logits)
             choice = self._choose(loop, ids, drafts, logits, tree)  # (N,)
-            nodes, r = (walk(drafts, choice, tree) if loop.config.do_sample else best_path(drafts, choice, tree.paths))
+            nodes, r = walk(drafts, choice, tree) if loop.config.do_sample else best_path(drafts, choice, tree.paths)
             path = nodes[: int(r) + 1]
             new = torch.cat([drafts[path[1:]], choice[path[-1:]]])  # r drafts and the model's own next token
             taken, done = loop.stop(ids, new)

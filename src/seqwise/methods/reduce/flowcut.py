@@ -142,11 +142,6 @@ class FlowCut(Method):
 
     slots: ClassVar[tuple[str, ...]] = ("tower.rows", "layer.rows")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.budget, tuple):
-            raise ValueError(f"FlowCut.budget must be one number, got {self.budget!r}")
-
     def identity(self) -> Method:
         return replace(self, budget=1.0)
 
