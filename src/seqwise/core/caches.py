@@ -239,7 +239,7 @@ class SlotLayer(CacheLayerMixin):
         self.ledger.weigh(self.index, self.nbytes)
 
     def accept(self, path: Tensor, rejected: int) -> None:
-        """Of the last `rejected + r` rows (a draft tree), keeps the accepted ones, path (r,), counted from the first."""
+        """Of the last `rejected + r` rows (a draft tree), keeps the accepted ones: path (r,), counted from 0."""
         start = self.tail - rejected - path.shape[0]
         index = torch.cat([torch.arange(start, device=path.device), start + path])
         at = torch.cat([torch.arange(self.packed + start, device=path.device), self.packed + start + path])

@@ -143,7 +143,7 @@ def joined_outputs(outputs: list[Any]) -> Any:
         if values[0] is None:
             return None
         if isinstance(values[0], tuple):
-            return tuple(join(list(column)) for column in zip(*values))
+            return tuple(join(list(column)) for column in zip(*values, strict=True))
         return values[0]
 
     return type(first)(**{name: join([output[name] for output in outputs]) for name in first})

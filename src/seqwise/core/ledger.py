@@ -116,7 +116,9 @@ class Ledger:
         if not self.entered:
             self.entered = counts
         else:
-            self.entered = [[a + b for a, b in zip(old, new)] for old, new in zip(self.entered, counts)]
+            self.entered = [
+                [a + b for a, b in zip(old, new, strict=True)] for old, new in zip(self.entered, counts, strict=True)
+            ]
 
     def base(self, layer: int) -> list[int]:
         """Real prompt tokens per sample that a share of this layer's cache refers to."""
@@ -124,7 +126,7 @@ class Ledger:
             return self.expected
         current = self.rows[layer].lengths(self.batch) if self.phase == "prefill" else [0] * self.batch
         before = self.entered[layer] if self.entered else [0] * self.batch
-        return [a + b for a, b in zip(before, current)]
+        return [a + b for a, b in zip(before, current, strict=True)]
 
     def cut(self, layer: int, index: Tensor, live: Tensor) -> None:
         """Layers from `layer` on carry only rows index (B, k)."""

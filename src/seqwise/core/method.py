@@ -136,7 +136,7 @@ class Method(Configured):
         """`attention.probs`: once per layer and forward, before its rows; statistics of the whole map come here."""
 
     def rewrite(self, probabilities: Tensor, block: Block) -> Tensor:
-        """`attention.probs`: fp32 probabilities (B, h, r, n) of the chosen heads, for a block of rows -> the same shape."""
+        """`attention.probs`: fp32 probabilities (B, h, r, n) of the chosen heads' rows at hand -> the same shape."""
         raise NotImplementedError
 
     def place(self, segments: Segments, anatomy: Anatomy) -> Tensor:

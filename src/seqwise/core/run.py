@@ -97,7 +97,7 @@ class Run:
             self.engine.install()
             self._set("_seqwise_run", self)
             if hasattr(self.model, "generate"):
-                self._set("generate", self._generate(self.model.generate)  # type: ignore[arg-type])
+                self._set("generate", self._generate(self.model.generate))  # type: ignore[arg-type]
         except BaseException:
             self.detach()
             raise
