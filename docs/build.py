@@ -63,7 +63,7 @@ def build(target: Path) -> None:
     write("papers/index.html", "papers.html", title="Papers", wings=wings, headings=WINGS)
     for paper in catalogue.papers():
         write(f"papers/{paper.slug}.html", "paper.html", title=paper.title, **paper_facts(paper))
-    write("contract.html", "contract.html", title="Method contract", passes=catalogue.contract_passes())
+    write("contract.html", "contract.html", title="Method contract", **contract_facts())
 
 
 def wing_of(paper: Paper) -> str:
@@ -71,18 +71,21 @@ def wing_of(paper: Paper) -> str:
     return str(Path(paper.home).parent.as_posix())
 
 
+def contract_facts() -> dict[str, Any]:
+    """What the table method x family shows: the recorded passes, the families, and which names have a page."""
+    passes = catalogue.contract_passes()
+    families = dict.fromkeys(family for entry in passes.values() for family in entry.get("matrix", {}))
+    return {"passes": passes, "families": list(families), "slugs": {paper.slug for paper in catalogue.papers()}}
+
+
 def paper_facts(paper: Paper) -> dict[str, Any]:
     """What a paper's page shows: its entry, its file's docstring, its formulas, its recorded result."""
-    idea = (
-        ast.get_docstring(ast.parse(paper.file.read_text(encoding="utf-8"))) if paper.file.is_file() else None
-    )
+    idea = ast.get_docstring(ast.parse(paper.file.read_text(encoding="utf-8"))) if paper.file.is_file() else None
     formulas = []
     for reference in paper.formulas:
         module, name = reference.split(":")
         function = getattr(importlib.import_module(module), name)
-        formulas.append(
-            (f"{name}{inspect.signature(function, eval_str=True)}", inspect.getdoc(function) or "")
-        )
+        formulas.append((f"{name}{inspect.signature(function, eval_str=True)}", inspect.getdoc(function) or ""))
     return {"paper": paper, "idea": idea, "formulas": formulas, "result": paper.result}
 
 

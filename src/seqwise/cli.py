@@ -148,7 +148,7 @@ def reproduce(
     """Measure papers' claims again, with a verdict for each."""
     from seqwise.lab.reproduction import run_reproductions
 
-    results = run_reproductions(slug or [], all=every, force=force, console=Console(stderr=True))
+    results = run_reproductions(slug or [], all=every, force=force, console=Console(stderr=as_json))
     if as_json:
         print(json.dumps({"results": results}, indent=2, ensure_ascii=False))
 

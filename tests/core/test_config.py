@@ -41,7 +41,7 @@ class Dial(Gadget):
 class Free(Gadget):
     abstract: ClassVar[bool] = False
 
-    budget: int | float | None = budget_param(None)
+    budget: int | float = budget_param(1.0)
     whole: int = param(2, ge=1, le=4)
 
 
@@ -85,9 +85,10 @@ def test_a_bad_value_is_refused_with_field_range_and_value(owner, values, messag
         owner(**values)
 
 
-def test_a_budget_may_be_none_only_where_that_is_its_default():
-    assert Free().budget is None
-    assert Free(budget=3).budget == 3
+def test_a_budget_per_layer_only_where_the_field_takes_one():
+    assert Dial(budget=(0.5, 3)).budget == (0.5, 3)
+    with pytest.raises(ValueError, match=r"^Free\.budget must be a whole number .*, got \(0\.5, 3\) \(what stays\)$"):
+        Free(budget=(0.5, 3))
 
 
 def test_integers_are_numbers_and_keep_their_type():

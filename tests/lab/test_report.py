@@ -33,8 +33,9 @@ def row(method: str, value: float | None = 0.5, **facts: Any) -> Document:
         "method": method, "task": "needle", "mode": "blind", "length": 512, "n": 12, "metric": "accuracy",
         "value": value, "low": None if value is None else value - 0.1, "high": None if value is None else value + 0.1,
         "difference": None if difference is None else dict(zip(("value", "low", "high"), difference, strict=True)),
-        "kept_tokens": 512 * share, "kept_share": share, "cache_bytes": round(BYTES * share), "live_bytes": round(BYTES * share),
-        "plain_bytes": BYTES, "peak_bytes": BYTES, "attention_work": 0.7, "prefill_ratio": 1.1, "decode_ratio": 0.95,
+        "kept_tokens": 512 * share, "kept_share": share, "cache_bytes": round(BYTES * share),
+        "live_bytes": round(BYTES * share), "plain_bytes": BYTES, "peak_bytes": BYTES,
+        "attention_work": 0.7, "prefill_ratio": 1.1, "decode_ratio": 0.95,
         "acted": True, "status": "ok", "reason": None, "per_prompt": [],
     }  # fmt: skip
     return full | facts
@@ -52,18 +53,16 @@ def failure(method: str, reason: str, **facts: Any) -> Document:
 def document(*rows: Document, **facts: Any) -> Document:
     """A comparison's document; without rows, one with every kind of row."""
     if not rows:
-        rows = tuple(
-            one
-            for task, metric in (("needle", "accuracy"), ("perplexity", "nll"))
-            for mode in (("blind", "aware") if task == "needle" else ("blind",))
-            for one in (
-                plain(task=task, mode=mode, metric=metric),
-                row("Recent(budget=0.25)", 0.4, task=task, mode=mode, metric=metric, difference=(-0.5, -0.7, -0.3)),
-                row("Random(budget=0.25)", 0.4, share=0.26, task=task, mode=mode, metric=metric, difference=(0.1, -0.1, 0.3)),
-                row("A2SF(budget=0.5)", 0.6, share=0.5, task=task, mode=mode, metric=metric, acted=False, difference=(0.0, 0.0, 0.0)),
-                failure(f"Broken{HOSTILE}(budget=1)", f"no {HOSTILE} here", task=task, mode=mode, metric=metric),
+        kinds = [("needle", "blind", "accuracy"), ("needle", "aware", "accuracy"), ("perplexity", "blind", "nll")]
+        for task, mode, metric in kinds:
+            cell = {"task": task, "mode": mode, "metric": metric}
+            rows += (
+                plain(**cell),
+                row("Recent(budget=0.25)", 0.4, difference=(-0.5, -0.7, -0.3), **cell),
+                row("Random(budget=0.25)", 0.4, share=0.26, difference=(0.1, -0.1, 0.3), **cell),
+                row("A2SF(budget=0.5)", 0.6, share=0.5, acted=False, difference=(0.0, 0.0, 0.0), **cell),
+                failure(f"Broken{HOSTILE}(budget=1)", f"no {HOSTILE} here", **cell),
             )
-        )  # fmt: skip
     kept = {
         "Full()": [1.0] * 6,
         "Recent(budget=0.25)": [1.0, 0.0, 0.04, 0.5, 1.0, 1.0],
@@ -250,12 +249,12 @@ def test_costs_of_several_tasks_are_a_range():
 
 
 def test_what_others_wrote_is_text_and_nothing_else():
-    html = render(document(task := plain(task=HOSTILE, metric="accuracy"), row(HOSTILE, task=HOSTILE), failure("F", HOSTILE, task=HOSTILE)))  # fmt: skip
-    assert task["task"] == HOSTILE
-    for elements in (Elements(html), Elements(render(document()))):
+    rows = (plain(task=HOSTILE), row(HOSTILE, task=HOSTILE), failure("F", HOSTILE, task=HOSTILE))
+    for html in (render(document()), render(document(*rows))):
+        elements = Elements(html)
         assert elements.count("script") == 1 and elements.count("img") == 0
         assert not [name for _, facts in elements.found for name in facts if name.startswith("on")]
-        assert elements.text.count("<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}") >= 5
+        assert elements.text.count(HOSTILE) >= 5
 
 
 def test_the_policy_lets_run_exactly_the_page_own_script():
@@ -437,6 +436,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    session.get("about:blank")  # the first page of a new profile loads pages of the browser's own
     yield session
     session.quit()
 
@@ -474,8 +474,8 @@ def test_a_browser_shows_all_of_it_without_errors_or_requests(browser: Any, writ
 
     assert (count("svg.chart"), count("svg.chart .point"), count("svg.chart .bar")) == (3, 13, 13)
     assert (count(".methods tbody tr"), count(".strip"), count("svg.heat path")) == (6, 3, 1 + 2 + 1)
-    wide = browser.execute_script("return document.documentElement.scrollWidth")
-    assert wide == width, f"the page is {wide} pixels wide on a screen of {width}"
+    wide, seen = browser.execute_script("const r = document.documentElement; return [r.scrollWidth, r.clientWidth]")
+    assert wide <= seen <= width, f"the page is {wide} pixels wide where {seen} are seen"
     colours = browser.execute_script(
         "const s = getComputedStyle(document.body);"
         "return [s.color, s.backgroundColor].map((c) => Number(c.match(/\\d+/)[0]))"
@@ -492,8 +492,8 @@ def test_a_mark_tells_its_numbers_by_keyboard_as_by_pointer(browser: Any, writte
     assert not tip.is_displayed()
     point = browser.find_elements("css selector", ".point")[0]
     browser.execute_script("arguments[0].focus()", point)
-    assert tip.is_displayed() and "cache 25\xa0% of plain" in tip.text
-    assert point.get_attribute("aria-label").replace("  ", " ") == tip.text.replace("  ", " ")
+    assert tip.is_displayed() and "cache 25 % of plain" in tip.text
+    assert point.get_attribute("aria-label").split() == tip.text.split()
     box = tip.rect
     assert box["x"] >= 0 and box["x"] + box["width"] <= 390
     browser.execute_script("document.activeElement.blur()")

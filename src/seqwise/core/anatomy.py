@@ -67,7 +67,7 @@ class Anatomy:
             raise UnsupportedModel(f"{name} is not a transformers model; load it with AutoModelForCausalLM")
         if getattr(model.config, "is_encoder_decoder", False):
             raise UnsupportedModel(f"{name} is an encoder-decoder; seqwise needs a decoder-only model")
-        if hasattr(model, "_orig_mod"):
+        if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
             raise UnsupportedModel(f"{name} is compiled; attach to the model before torch.compile")
         vision_owner, tower = _vision_modules(model)
         decoder, layers = _decoder(model, tower)

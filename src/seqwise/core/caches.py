@@ -8,7 +8,7 @@ meaning: the engine's attention function builds its masks from `order`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -346,8 +346,6 @@ class View:
     lse: Tensor | None
     row_probabilities: Tensor | None  # (B, H, q, n) where the engine has them anyway (few rows)
     final: bool  # the prompt is complete with this forward, as far as known
-    seed: Any = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ledger(self) -> Ledger:

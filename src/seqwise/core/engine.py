@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 _SITES: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.WeakKeyDictionary()
 
 _REWRITE_ROWS = 128
+_SERVED = {
+    "tower.rows", "input.rows", "layer.rows", "attention.probs", "positions", "cache.retain", "cache.store", "cache.read",
+    "decode.loop",
+}  # fmt: skip
 
 
 def attend(
@@ -188,6 +192,9 @@ class Engine:
         self.run = run
         self.anatomy = run.anatomy
         self.by_slot: dict[str, Method] = {slot: part for part in run.method.parts for slot in part.slots}
+        for slot in self.by_slot:
+            if slot not in _SERVED:
+                raise SeqwiseError(f"{self.by_slot[slot]} claims the slot {slot!r}, which the engine does not serve yet")
         self.ledger: Ledger | None = None
         self.cache: Any = None
         self.account = Account()

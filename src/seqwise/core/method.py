@@ -64,20 +64,20 @@ class Method(Configured):
 
     # attaching
 
-    def on(self, model: nn.Module, *, chunk: int | None = None, **callables: Any) -> Run:
+    def on(self, model: nn.Module, *, chunk: int | None = None) -> Run:
         """The method on a model, as a context manager.
 
         chunk: prefill in blocks of so many tokens, each of which sees the cache that the last one left, so that peak
-        memory falls. callables: functions that a method may take (a scorer, say), by its own names.
+        memory falls.
         Raises UnsupportedModel where the model lacks a part, ValueError for bad arguments; both before any change.
         """
         from seqwise.core.run import Run
 
-        return Run(self, model, chunk=chunk, callables=callables)
+        return Run(self, model, chunk=chunk)
 
-    def attach(self, model: nn.Module, *, chunk: int | None = None, **callables: Any) -> Run:
+    def attach(self, model: nn.Module, *, chunk: int | None = None) -> Run:
         """Like `on`, for pipelines and servers: attached until `run.detach()`."""
-        return self.on(model, chunk=chunk, **callables).__enter__()
+        return self.on(model, chunk=chunk).__enter__()
 
     def __or__(self, other: Method) -> Composition:
         return Composition.of(self, other)

@@ -67,13 +67,12 @@ class Report:
 class Run:
     """One method attached to one model. Made by `method.on(model)`; enter it to attach."""
 
-    def __init__(self, method: Method, model: nn.Module, *, chunk: int | None, callables: dict[str, Any]) -> None:
+    def __init__(self, method: Method, model: nn.Module, *, chunk: int | None) -> None:
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ValueError(f"chunk must be a whole number of tokens >= 1, got {chunk!r}")
         self.method = method
         self.model = model
         self.chunk = chunk
-        self.callables = callables
         self.anatomy = Anatomy.of(model)
         for part in method.parts:
             self.anatomy.require(part.needs(), str(part))
@@ -396,7 +395,7 @@ def _fill_slot(slot: SlotLayer, spec: dict[str, Any], tensors: dict[str, Tensor]
     slot.keys, slot.values, slot.tail = tensors["keys"], tensors["values"], tensors["keys"].shape[2]
     slot.order, slot.live, slot.in_columns = tensors["order"], tensors.get("live"), spec["in_columns"]
     slot.state = {name.removeprefix("state."): x for name, x in tensors.items() if name.startswith("state.")}
-    for i, (bits, sizes) in enumerate(zip(spec["bits"], spec["sizes"])):
+    for i, (bits, sizes) in enumerate(zip(spec["bits"], spec["sizes"], strict=True)):
         packed = [
             Packed(bits=bits[s], size=sizes[s], codes=tensors[f"chunk.{i}.{side}.codes"],
                    minimum=tensors[f"chunk.{i}.{side}.minimum"], step=tensors[f"chunk.{i}.{side}.step"],

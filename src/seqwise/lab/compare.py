@@ -40,10 +40,10 @@ from seqwise.lab.zoo import load_model
 
 SCHEMA = "seqwise.compare/1"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-DEFAULT_BUDGETS = ("0.25",)
-DEFAULT_METHODS = ("Recent", "Random", "H2O", "A2SF", "TOVA", "SnapKV", "ZipCache", "TidalDecode", "LazyEviction")
-DEFAULT_TASKS = ("needle", "kv", "Perplexity(continuation=32)")
-DEFAULT_LENGTHS, DEFAULT_PROMPTS = (512,), 4
+DEFAULT_BUDGETS = ("0.5",)
+DEFAULT_METHODS = ("Recent", "Random", "H2O", "A2SF", "SnapKV", "ZipCache", "TidalDecode", "LazyEviction")
+DEFAULT_TASKS = ("needle", "Perplexity(continuation=16)")
+DEFAULT_LENGTHS, DEFAULT_PROMPTS = (512,), 5
 QUICK_METHODS = ("Recent", "A2SF", "SnapKV")
 QUICK_LENGTHS, QUICK_PROMPTS, QUICK_SECONDS = (256,), 3, 50.0
 
@@ -147,10 +147,14 @@ class Comparison:
             model, tokenizer = self._load()
         deadline = time.monotonic() + QUICK_SECONDS if self.settings.quick else None
         prompts = self._prompts(model, tokenizer)
-        units = [(i, cell) for i in range(max(map(len, prompts.values()))) for cell in self.cells if i < len(prompts[cell])]
+        units = [
+            (i, cell) for i in range(max(map(len, prompts.values()))) for cell in self.cells if i < len(prompts[cell])
+        ]
         missing = [(i, cell) for i, cell in units if i not in self.found[cell].get(PLAIN, {})]
         if missing:
-            measure(model, tokenizer, self.tasks[missing[0][1].task], prompts[missing[0][1]][missing[0][0]], "blind")  # warms up
+            measure(
+                model, tokenizer, self.tasks[missing[0][1].task], prompts[missing[0][1]][missing[0][0]], "blind"
+            )  # warms up
         progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             console=console, transient=True,
@@ -161,7 +165,9 @@ class Comparison:
             took = 0.0
             for number, (i, cell) in enumerate(missing):
                 if deadline is not None and time.monotonic() + took > deadline:
-                    self.notes.append(f"--quick stopped after {number} of {len(missing)} rounds, so that it ends within a minute")
+                    self.notes.append(
+                        f"--quick stopped after {number} of {len(missing)} rounds, so that it ends within a minute"
+                    )
                     break
                 start = time.monotonic()
                 self._unit(model, tokenizer, cell, prompts[cell][i], i, len(prompts[cell]), progress, bar)
@@ -255,7 +261,9 @@ class Comparison:
             **cell._asdict(),
             "prompt": i,
             "tokens": [tokenizer.decode([token]) for token in ids],
-            "kept": {name: [round(share, 4) for share in traced[name].kept.tolist()] for name in order if name in traced},
+            "kept": {
+                name: [round(share, 4) for share in traced[name].kept.tolist()] for name in order if name in traced
+            },
         }
 
     # the document
@@ -267,7 +275,9 @@ class Comparison:
         groups: list[dict[str, Any]] = []
         for cell in self.cells:
             failures = self.failures[cell]
-            found = {name: self.found[cell][name] for name in order if name in self.found[cell] and name not in failures}
+            found = {
+                name: self.found[cell][name] for name in order if name in self.found[cell] and name not in failures
+            }
             metrics = {name: better for name, better in self.tasks[cell.task].metrics.items() if _has(found, name)}
             rows += rows_of(cell, metrics, found, failures)
             groups += groups_of(cell, metrics, found) if metrics else []
@@ -307,7 +317,10 @@ class Comparison:
                     f"cannot write {self.out} ({error.strerror}); free some space or give another --out. "
                     "What the file held before is untouched."
                 ) from None
-            console.print(f"[yellow]cannot keep results in {self.out.parent} ({error.strerror}); --resume will not work[/]", soft_wrap=True)
+            console.print(
+                f"[yellow]cannot keep results in {self.out.parent} ({error.strerror}); --resume will not work[/]",
+                soft_wrap=True,
+            )
             self.out = None
 
     def _reload(self, console: Console) -> None:

@@ -3,17 +3,21 @@
     blind   the context is the prompt; the question's rows come afterwards, on the cache that the method left
     aware   context and question are the prompt
 
-The reply is decoded greedily. A continuation is fed one token at a time, so that methods that act on decoding steps
-do act. Seconds are wall clock of the forwards alone: the whole prefill, and the median decoding step.
+The reply is decoded greedily; how probable the right answer was is read on a copy of the cache. Answers and
+continuations are fed one token at a time, so that methods that act on decoding steps do act. Seconds are wall clock of
+the forwards alone: the whole prefill, and the median decoding step.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -90,17 +94,19 @@ def measure(
     with method.on(model, chunk=chunk) if method is not None else nullcontext() as run:
         driver = _Driver(model, run)
         logits, prefill_s = driver.timed(lambda: driver.prefill(first))  # (1, 1, V)
+        gold = encode_answer(tokenizer, prompt).to(model.device)  # (1, T)
+        rest = asked[:, first.shape[1] :]  # (1, m), the question where it comes after the prompt
+        text = ""
         if task.max_new_tokens:
-            reply, decode_s = _reply(driver, asked, first.shape[1], logits, task.max_new_tokens)
+            # after a given beginning the answer comes at once or not at all
+            limit = min(gold.shape[1] + 4, task.max_new_tokens) if prompt.prefix else task.max_new_tokens
+            reply, decode_s, scored = _reply(driver, asked, rest, logits, gold, limit)
             text = tokenizer.decode(reply, skip_special_tokens=True)
-            output = Output(text=prompt.prefix + text)
         else:
-            gold = encode_answer(tokenizer, prompt).to(model.device)
             scored, decode_s = _forced(driver, logits, gold)  # (T, V)
-            text, output = "", Output(logits=scored, answer_ids=gold[0], full_logits=full_logits)
-            if task.reads_full and full_logits is None:
-                output = Output(logits=scored, answer_ids=gold[0], full_logits=scored)
+        output = Output(text, scored, gold[0], scored if full_logits is None else full_logits)
         scores = task.score(prompt, output)
+        scores = {name: round(value, 5) for name, value in scores.items()}  # kernels differ in the last digits
         if not all(map(math.isfinite, scores.values())):
             raise ArithmeticError(f"scores are not finite: {scores}")
         cost = _cost(driver.cache) if run is None else _reported(run)
@@ -136,10 +142,11 @@ class _Driver:
 
     def forward(self, ids: Tensor) -> Tensor:
         """Further rows (1, q); logits of the last one (1, 1, V)."""
-        self.seen += ids.shape[1]
+        start, self.seen = self.seen, self.seen + ids.shape[1]
         out = self.model(
             input_ids=ids,
             attention_mask=ids.new_ones(1, self.seen),
+            position_ids=torch.arange(start, self.seen, device=ids.device)[None],
             cache=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -147,6 +154,19 @@ class _Driver:
         self.cache = out.cache
         logits: Tensor = out.logits
         return logits
+
+    def aside(self, work: Callable[[_Driver], Tensor]) -> Tensor:
+        """What `work` returns from the same place on a copy of the cache; the original stays as it is."""
+        twin = copy.copy(self)
+        twin.cache = copy.deepcopy(self.cache)
+        if self.run is None:
+            return work(twin)
+        engine = self.run.engine
+        cache, ledger = engine.cache, engine.ledger
+        try:
+            return work(twin)
+        finally:
+            engine.cache, engine.ledger = cache, ledger
 
     def timed(self, work: Any) -> tuple[Any, float]:
         """What `work()` returns, and its seconds on the device."""
@@ -161,21 +181,25 @@ class _Driver:
             torch.accelerator.synchronize(self.model.device)
 
 
-def _reply(driver: _Driver, asked: Tensor, given: int, logits: Tensor, limit: int) -> tuple[list[int], float | None]:
-    """Token ids of the greedy reply, `limit` at most, and seconds per token. given: tokens of `asked` in the cache."""
-    rest = asked[:, given:]
+def _reply(
+    driver: _Driver, asked: Tensor, rest: Tensor, logits: Tensor, gold: Tensor, limit: int
+) -> tuple[list[int], float | None, Tensor]:
+    """Token ids of the greedy reply to `asked` (1, n), `limit` at most; seconds per token; logits (T, V) of gold (1, T).
+
+    rest: the end of `asked` that is not in the cache yet. logits: of the last row that is.
+    """
     looping = driver.run is not None and "decode.loop" in driver.run.engine.by_slot
+    ahead = rest[:, :-1] if looping else rest  # a loop takes the last row itself
+    if ahead.shape[1]:
+        logits = driver.forward(ahead)
+
+    def judge(twin: _Driver) -> Tensor:
+        last = twin.forward(rest[:, -1:]) if looping and rest.shape[1] else logits
+        return _forced(twin, last, gold)[0]
+
+    scored = driver.aside(judge)
     if looping:
-        if rest.shape[1]:
-            if rest.shape[1] > 1:
-                driver.forward(rest[:, :-1])
-            whole = asked
-        else:  # the prompt's last row is in the cache already
-            whole = torch.cat([asked, logits[:, -1:].argmax(-1)], 1)
-            limit -= 1
-        return _looped(driver, asked.shape[1], whole, limit)
-    if rest.shape[1]:
-        logits = driver.forward(rest)
+        return *_looped(driver, asked, rest, logits, limit), scored
     stops = _stops(driver.model)
     reply: list[int] = []
     seconds = []
@@ -186,16 +210,19 @@ def _reply(driver: _Driver, asked: Tensor, given: int, logits: Tensor, limit: in
         reply.append(int(token))
         if len(reply) == limit:
             break
-        logits, took = driver.timed(lambda row=token: driver.forward(row))
+        logits, took = driver.timed(partial(driver.forward, token))
         seconds.append(took)
-    return reply, statistics.median(seconds) if seconds else None
+    return reply, statistics.median(seconds) if seconds else None, scored
 
 
-def _looped(driver: _Driver, prompt: int, whole: Tensor, limit: int) -> tuple[list[int], float | None]:
+def _looped(driver: _Driver, asked: Tensor, rest: Tensor, logits: Tensor, limit: int) -> tuple[list[int], float | None]:
     """The reply of a method that brings its own decoding loop, which `generate` enters."""
     stops = _stops(driver.model)
-    if int(whole[0, -1]) in stops and whole.shape[1] > prompt:
-        return [], None
+    whole = asked
+    if not rest.shape[1]:  # the prompt's last row is in the cache already: its successor begins the loop
+        whole, limit = torch.cat([asked, logits[:, -1:].argmax(-1)], 1), limit - 1
+        if int(whole[0, -1]) in stops:
+            return [], None
     ids, took = driver.timed(
         lambda: driver.model.generate(
             whole,
@@ -206,17 +233,20 @@ def _looped(driver: _Driver, prompt: int, whole: Tensor, limit: int) -> tuple[li
             pad_token_id=next(iter(stops), 0),
         )
     )
-    reply: list[int] = ids[0, prompt:].tolist()
+    reply: list[int] = ids[0, asked.shape[1] :].tolist()
     made = ids.shape[1] - whole.shape[1]
     end = next((i for i, token in enumerate(reply) if token in stops), len(reply))
     return reply[:end], took / made if made else None
 
 
 def _forced(driver: _Driver, logits: Tensor, gold: Tensor) -> tuple[Tensor, float | None]:
-    """Logits (T, V) that predict gold (1, T), each after the true tokens before it, and seconds per token."""
+    """Logits (T, V) that predict gold (1, T), each after the true tokens before it, and seconds per token.
+
+    logits: (1, 1, V) of the row before gold.
+    """
     rows, seconds = [logits[0]], []
     for t in range(gold.shape[1] - 1):
-        out, took = driver.timed(lambda t=t: driver.forward(gold[:, t : t + 1]))
+        out, took = driver.timed(partial(driver.forward, gold[:, t : t + 1]))
         rows.append(out[0])
         seconds.append(took)
     return torch.cat(rows), statistics.median(seconds) if seconds else None

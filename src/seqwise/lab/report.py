@@ -545,12 +545,12 @@ def runs(levels: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers from `low` to `high`, about four steps of 1, 2, 2.5 or 5 times a power of ten."""
+    """Round numbers from `low` to `high`, four to five steps of 1, 2, 2.5 or 5 times a power of ten."""
     if high <= low:
         low, high = low - 0.5, high + 0.5
     rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= rough * 0.999)
+    step = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= rough * 0.8)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 

@@ -15,13 +15,14 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from seqwise.lab.intervals import mean_interval, paired_difference, wilson
+from seqwise.lab.intervals import clustered_mean, wilson
 from seqwise.lab.measure import Measurement, Mode
 from seqwise.lab.tasks import Better
 
 ENOUGH = 30  # prompts that a ranking needs
 TOLERANCE = 0.10  # what still counts as equal cost
 PLAIN = "Full()"
+PROPORTIONS = ("accuracy",)  # metrics whose items are 0 or 1
 
 _MEANS = ("kept_tokens", "cache_bytes", "live_bytes", "plain_bytes", "peak_bytes", "attention_work", "tokens")
 
@@ -64,7 +65,7 @@ def rows_of(
 
 def _quality(metric: str, measured: Measured, plain: Measured, method: str) -> dict[str, Any]:
     values = [measured[i].scores[metric] for i in sorted(measured)]
-    low, high = _bounds(values, proportion=metric == "accuracy")
+    low, high = _bounds(metric, values)
     return {
         "n": len(values),
         "metric": metric,
@@ -84,14 +85,40 @@ def difference(metric: str, ours: Measured, theirs: Measured) -> dict[str, Any] 
     value = statistics.fmean(x - y for x, y in zip(a, b))
     if len(both) < 2:
         return {"value": value, "low": None, "high": None}
-    interval = paired_difference(a, b)
-    return {"value": value, "low": interval.low, "high": interval.high}
+    low, high = newcombe(a, b) if metric in PROPORTIONS else _mean_bounds([x - y for x, y in zip(a, b)])
+    return {"value": value, "low": low, "high": high}
 
 
-def _bounds(values: Sequence[float], proportion: bool) -> tuple[float | None, float | None]:
+def newcombe(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the difference of two paired shares, from items that are 0 or 1.
+
+    Newcombe's square-and-add of the two Wilson intervals, with the correlation phi of the pairs. Unlike a bootstrap
+    it has a width where all differences are equal.
+    """
+    n = len(ours)
+    both, first, second = sum(x * y for x, y in zip(ours, theirs)), sum(ours), sum(theirs)
+    spread = (first * (n - first) * second * (n - second)) ** 0.5
+    phi = (n * both - first * second) / spread if spread else 0.0
+    a, b = wilson(round(first), n), wilson(round(second), n)
+    (below_a, above_a), (below_b, above_b) = ((x.mean - x.low, x.high - x.mean) for x in (a, b))
+    value = a.mean - b.mean
+    down = max(0.0, below_a**2 - 2 * phi * below_a * above_b + above_b**2) ** 0.5
+    up = max(0.0, above_a**2 - 2 * phi * above_a * below_b + below_b**2) ** 0.5
+    return max(-1.0, value - down), min(1.0, value + up)
+
+
+def _bounds(metric: str, values: Sequence[float]) -> tuple[float | None, float | None]:
     if len(values) < 2:
         return None, None
-    interval = wilson(round(sum(values)), len(values)) if proportion else mean_interval(values)
+    if metric in PROPORTIONS:
+        interval = wilson(round(sum(values)), len(values))
+        return interval.low, interval.high
+    return _mean_bounds(values)
+
+
+def _mean_bounds(values: Sequence[float]) -> tuple[float, float]:
+    # each prompt a cluster: few prompts then have the t interval's width, which a bootstrap alone lacks
+    interval = clustered_mean([[value] for value in values])
     return interval.low, interval.high
 
 

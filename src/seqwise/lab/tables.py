@@ -18,30 +18,41 @@ _LOWER = {name for kind in TASKS.values() for name, better in kind.metrics.items
 
 
 def tables(document: Mapping[str, Any]) -> list[RenderableType]:
-    """Per length a table of quality and one of cost, then failures, rankings and notes."""
+    """Per length a table of quality for each mode and one of cost, then failures, rankings and notes."""
     shown: list[RenderableType] = []
     for length in dict.fromkeys(row["length"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["length"] == length]
         about = "your own prompts" if length is None else f"{length} tokens of context"
-        shown += [_quality(rows, about), _costs(rows, about)]
+        for mode in dict.fromkeys(row["mode"] for row in rows):
+            shown.append(_quality([row for row in rows if row["mode"] == mode], f"question-{mode}, {about}"))
+        shown.append(_costs(rows, about))
     reasons = dict.fromkeys((row["method"], row["reason"]) for row in document["rows"] if row["status"] == "failed")
     shown += [Text(f"{method} failed: {why}", style="red") for method, why in reasons]
-    shown += [Text(f"{_cell(group)}: {_ranking(group)}") for group in document["equal_cost"] if group["tiers"] and len(group["methods"]) > 1]
+    shown += [
+        Text(f"{_cell(group)}: {_ranking(group)}")
+        for group in document["equal_cost"]
+        if group["tiers"] and len(group["methods"]) > 1
+    ]
     return shown + [Text(note, style="dim") for note in document["notes"]]
 
 
 def _quality(rows: list[dict[str, Any]], about: str) -> Table:
-    grid = Table(box=SIMPLE_HEAD, title=f"Quality, {about}", title_justify="left", caption_justify="left")
+    grid = Table(
+        box=SIMPLE_HEAD, title=f"Quality, {about}", title_justify="left", caption_justify="left", padding=(0, 1, 0, 0)
+    )
     grid.caption = "mean, 95 % interval; ▼ worse, ▲ better than the plain model: the paired 95 % interval excludes 0"
-    columns = list(dict.fromkeys((row["task"], row["mode"], row["metric"]) for row in rows))
+    columns = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
     grid.add_column("method", overflow="fold")
-    for task, mode, metric in columns:
-        n = max(row["n"] for row in rows if (row["task"], row["mode"], row["metric"]) == (task, mode, metric))
+    for task, metric in columns:
+        n = max(row["n"] for row in rows if (row["task"], row["metric"]) == (task, metric))
         way = " ↓" if metric in _LOWER else ""
-        grid.add_column(f"{task.partition('(')[0]}\n{mode}\n{metric}{way}\nn={n}", justify="right", no_wrap=True)
-    at = {(row["method"], row["task"], row["mode"], row["metric"]): row for row in rows}
+        grid.add_column(f"{task.partition('(')[0]}\n{metric}{way}\nn={n}", justify="right", no_wrap=True)
+    at = {(row["method"], row["task"], row["metric"]): row for row in rows}
     for method in dict.fromkeys(row["method"] for row in rows):
-        grid.add_row(_name(method, [row for row in rows if row["method"] == method]), *(_value(at.get((method, *column))) for column in columns))
+        grid.add_row(
+            _name(method, [row for row in rows if row["method"] == method]),
+            *(_value(at.get((method, *column))) for column in columns),
+        )
     return grid
 
 
@@ -52,13 +63,13 @@ def _value(row: Mapping[str, Any] | None) -> Text:
         return Text("failed", style="red")
     text = Text(f"{_mark(row)}{_number(row['metric'], row['value'])}")
     if row["low"] is not None:
-        text.append(f"\n{_number(row['metric'], row['low'])}–{_number(row['metric'], row['high'])}", style="dim")
+        text.append(f"\n[{_number(row['metric'], row['low'])}, {_number(row['metric'], row['high'])}]", style="dim")
     return text
 
 
 def _mark(row: Mapping[str, Any]) -> str:
     d = row["difference"]
-    if not d or d["low"] is None or d["low"] <= 0 <= d["high"]:
+    if not d or d["low"] is None or d["low"] <= 0 <= d["high"] or abs(d["value"]) < 0.005:  # less than is shown
         return ""
     return "▲ " if (d["low"] > 0) != (row["metric"] in _LOWER) else "▼ "
 
@@ -75,12 +86,18 @@ def _name(method: str, rows: list[dict[str, Any]]) -> Text:
 
 
 def _costs(rows: list[dict[str, Any]], about: str) -> Table:
-    grid = Table(box=SIMPLE_HEAD, title=f"Cost, {about}", title_justify="left", caption_justify="left")
-    grid.caption = "means over tasks; cache: share of the plain model's bytes, as allocated; seconds: the plain model's = 1"
-    for name in ("method", "kept", "cache", "MiB", "peak MiB", "attention", "prefill", "per token"):
+    grid = Table(
+        box=SIMPLE_HEAD, title=f"Cost, {about}", title_justify="left", caption_justify="left", padding=(0, 1, 0, 0)
+    )
+    grid.caption = "means over tasks; cache: as allocated, share of the plain model's and MiB, peak in MiB; seconds: the plain model's = 1"
+    for name in ("method", "kept", "cache", "MiB", "peak", "attention", "prefill", "per token"):
         grid.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
     for method in dict.fromkeys(row["method"] for row in rows):
-        mine = list({(row["task"], row["mode"]): row for row in rows if row["method"] == method and row["status"] == "ok"}.values())
+        mine = list(
+            {
+                (row["task"], row["mode"]): row for row in rows if row["method"] == method and row["status"] == "ok"
+            }.values()
+        )
         if not mine:
             grid.add_row(method, *["-"] * 7)
             continue

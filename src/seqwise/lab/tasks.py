@@ -99,7 +99,8 @@ def greedy_match(logits: Tensor, full_logits: Tensor) -> Tensor:
 def mean_kl(logits: Tensor, full_logits: Tensor) -> Tensor:
     """Mean over positions of KL(full || ours) in nats, from logits (..., T, V)."""
     p, q = full_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean(-1)
+    terms = (p.exp() * (p - q)).masked_fill(p == float("-inf"), 0.0)  # 0 log 0 = 0, for masked entries
+    return terms.sum(-1).mean(-1)
 
 
 def answered(text: str, answer: str) -> bool:
@@ -191,7 +192,7 @@ class Needles(Answering):
             draw = random.Random(f"needles {seed} {i}")
             keys, numbers = draw.sample(NOUNS, self.needles), _numbers(draw, self.needles)
             depths = [draw.random() for _ in keys]
-            told = [f"The secret number of the {key} is {number}." for key, number in zip(keys, numbers)]
+            told = [f"The secret number of the {key} is {number}." for key, number in zip(keys, numbers, strict=True)]
             asked = draw.randrange(self.needles)
             key, facts = keys[asked], {"key": keys[asked], "depth": depths[asked]}
             items.append(
@@ -210,7 +211,7 @@ class Needles(Answering):
 class KeyValue(Answering):
     """A list of keys with six-digit values, in one piece at a random place in real text; one value is asked for."""
 
-    pairs: int = param(6, ge=1, le=32, doc="keys in the list")
+    pairs: int = param(4, ge=1, le=32, doc="keys in the list")
 
     name: ClassVar[str] = "kv"
 
@@ -219,7 +220,7 @@ class KeyValue(Answering):
         for i in range(n):
             draw = random.Random(f"kv {seed} {i}")
             keys, values = draw.sample(NOUNS, self.pairs), _numbers(draw, self.pairs)
-            told = "\n".join(f"The value of the key {key} is {value}." for key, value in zip(keys, values))
+            told = "\n".join(f"The value of the key {key} is {value}." for key, value in zip(keys, values, strict=True))
             depth, asked = draw.random(), draw.randrange(self.pairs)
             context = _hide(draw, tokenizer, length, [f"{SEPARATOR}{told}{SEPARATOR}"], [depth])
             key, facts = keys[asked], {"key": keys[asked], "depth": depth, "rank": asked}
@@ -239,7 +240,7 @@ class KeyValue(Answering):
 class File(Answering):
     """Questions of your own: a JSON Lines file whose lines have the texts `context`, `question` and `answer`.
 
-    The first `n` lines, whatever the seed, their contexts as they are, whatever the length. Raises UsageError with
+    The first `n` lines, whatever the seed, their contexts whole, whatever the length. Raises UsageError with
     file, line and field for a line that is not so.
     """
 
@@ -254,7 +255,7 @@ class File(Answering):
             raise UsageError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from None
         found = [self._item(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         if not found:
-            raise UsageError(f"{self.path} has no lines; each is {{\"context\": ..., \"question\": ..., \"answer\": ...}}")
+            raise UsageError(f'{self.path} has no lines; each is {{"context": ..., "question": ..., "answer": ...}}')
         return found[:n]
 
     def _item(self, number: int, line: str) -> Prompt:
@@ -270,7 +271,8 @@ class File(Answering):
             if not isinstance(value, str) or not value.strip():
                 got = "nothing" if name not in item else repr(value)
                 raise UsageError(f"{where}: field {name!r} must be a text that is not empty, got {got}")
-        return Prompt(item["context"], item["question"], item["answer"].strip(), facts={"line": number})
+        context, question, answer = (item[name].strip() for name in ("context", "question", "answer"))
+        return Prompt(context, question, answer, facts={"line": number})  # stripped, as chat templates do
 
 
 @dataclass(frozen=True)
@@ -318,9 +320,7 @@ class Agreement(Continuing):
         return {"match": greedy_match(output.logits, full).item(), "kl": mean_kl(output.logits, full).item()}
 
 
-TASKS: Mapping[str, type[Task]] = {
-    kind.name: kind for kind in (Needle, Needles, KeyValue, Perplexity, Agreement, File)
-}
+TASKS: Mapping[str, type[Task]] = {kind.name: kind for kind in (Needle, Needles, KeyValue, Perplexity, Agreement, File)}
 
 
 def task(text: str) -> Task:
@@ -337,11 +337,12 @@ def task(text: str) -> Task:
     raise UsageError(f"unknown task {text!r}; known: {', '.join(TASKS)} (file as file:PATH)")
 
 
-NOUNS = (
-    "anchor apple basket bridge candle castle cherry copper desert dragon engine falcon feather forest garden hammer "
-    "harbor island jacket kettle ladder lantern lemon magnet marble meadow mirror monkey needle ocean orange palace "
-    "pencil pepper piano pillow planet pocket rabbit river rocket saddle shadow silver spider temple ticket tiger"
-).split()
+_WORDS = """
+anchor apple basket bridge candle castle cherry copper desert dragon engine falcon feather forest garden hammer harbor
+island jacket kettle ladder lantern lemon magnet marble meadow mirror monkey needle ocean orange palace pencil pepper
+piano pillow planet pocket rabbit river rocket saddle shadow silver spider temple ticket tiger
+"""
+NOUNS = tuple(_WORDS.split())
 
 
 def _numbers(draw: random.Random, k: int) -> list[str]:
@@ -367,7 +368,7 @@ def _insert(filler: str, told: list[str], depths: list[float]) -> str:
     ends = [0, *(match.end() for match in re.finditer(r"[.:](?=\s|$)", filler)), len(filler)]
     places = [min(ends, key=lambda end: abs(end - depth * len(filler))) for depth in depths]
     parts, last = [], 0
-    for place, text in sorted(zip(places, told), key=lambda pair: pair[0]):
+    for place, text in sorted(zip(places, told, strict=True), key=lambda pair: pair[0]):
         parts += [filler[last:place].rstrip(), text]
         last = place
     joined = " ".join([*parts, filler[last:].lstrip(" ")])
@@ -404,4 +405,4 @@ def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> list[
 
 def _common(left: list[int], right: list[int]) -> int:
     """Length of the common beginning."""
-    return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -4,7 +4,7 @@ Nine items (identity, restore, padding, less work, settings, errors, composition
 keeps on every model family, or refuses with a reason.
 """
 
-from seqwise.testing.contract import ITEMS, check, examples, home, matrix, record
+from seqwise.testing.contract import ITEMS, cell, check, examples, home, record
 from seqwise.testing.families import FAMILIES, Batch, Family
 
-__all__ = ["FAMILIES", "ITEMS", "Batch", "Family", "check", "examples", "home", "matrix", "record"]
+__all__ = ["FAMILIES", "ITEMS", "Batch", "Family", "cell", "check", "examples", "home", "record"]

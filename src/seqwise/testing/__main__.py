@@ -1,7 +1,16 @@
-"""`python -m seqwise.testing`: runs the whole contract and records it in lab/results/contract.json."""
+"""`python -m seqwise.testing`: runs the whole contract, records it in lab/results/contract.json, fails if anything does."""
 
 from seqwise.testing.contract import record
 
-if __name__ == "__main__":
-    failed = [f"{name}: {entry['failed']}" for name, entry in record().items() if not entry["passed"]]
+
+def main() -> None:
+    """Exits with the failures, one a line, or with 0."""
+    failed = []
+    for name, entry in record().items():
+        cells = {entry["family"]: entry.get("failed", "")} | entry["matrix"]
+        failed += [f"{name} on {family}: {text}" for family, text in cells.items() if text.startswith("failed")]
     raise SystemExit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()

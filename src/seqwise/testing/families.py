@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class Family:
         return self.pixels is not None
 
     @property
-    def tolerance(self) -> dict[str, float]:
+    def tolerance(self) -> dict[str, Any]:
         return {"atol": self.atol, "rtol": 1e-4}
 
     def tiny(self) -> Any:
@@ -86,7 +86,9 @@ class Family:
         """
         images = (1 if self.vision else 0) if images is None else images
         if not 1 <= n <= _WORDS or (images and not self.vision):
-            raise ValueError(f"prompt must have 1 to {_WORDS} words and images only for a vision family, got {n}, {images}")
+            raise ValueError(
+                f"prompt must have 1 to {_WORDS} words and images only for a vision family, got {n}, {images}"
+            )
         random = torch.Generator().manual_seed(1000 + seed)
         words = torch.randperm(_WORDS, generator=random)[:n] + 1
         if not images:
@@ -131,10 +133,13 @@ class Family:
                 image[count:] = 0
             return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
         grid = torch.tensor([(1, height // 4, width // 4) for height, width in sizes])
-        return {"pixel_values": torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 4 * 4, generator=random), "image_grid_thw": grid}
+        return {
+            "pixel_values": torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 4 * 4, generator=random),
+            "image_grid_thw": grid,
+        }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tiles(name: str, size: tuple[int, int]) -> int:
     """Tiles of an image, the overview included, by the model's own rule."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -143,7 +148,7 @@ def _tiles(name: str, size: tuple[int, int]) -> int:
     return int(image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _placeholders(name: str, size: tuple[int, int]) -> int:
     """Language-model rows of an image of this size: as many as the model makes features of it."""
     family = FAMILIES[name]
@@ -187,8 +192,13 @@ def _neox() -> nn.Module:
 def _gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-             "max_position_embeddings": "n_positions", "intermediate_size": "n_inner"}  # fmt: skip
+    names = {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "intermediate_size": "n_inner",
+    }
     shared = {names.get(name, name): value for name, value in _TEXT.items() if name != "num_key_value_heads"}
     return GPT2LMHeadModel(GPT2Config(**shared))
 
@@ -197,9 +207,11 @@ def _llava() -> nn.Module:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**_TOWER), text_config=LlamaConfig(**_TEXT), image_token_id=_IMAGE,
+        vision_config=CLIPVisionConfig(**_TOWER),
+        text_config=LlamaConfig(**_TEXT),
+        image_token_id=_IMAGE,
         vision_feature_layer=-2,
-    )  # fmt: skip
+    )
     return LlavaForConditionalGeneration(_spread(config))
 
 
@@ -207,9 +219,12 @@ def _llava_next() -> nn.Module:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**_TOWER), text_config=LlamaConfig(**_TEXT), image_token_id=_IMAGE,
-        vision_feature_layer=-2, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
-    )  # fmt: skip
+        vision_config=CLIPVisionConfig(**_TOWER),
+        text_config=LlamaConfig(**_TEXT),
+        image_token_id=_IMAGE,
+        vision_feature_layer=-2,
+        image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
+    )
     return LlavaNextForConditionalGeneration(_spread(config))
 
 
@@ -223,22 +238,39 @@ def _llava_onevision() -> nn.Module:
 
     tower = SiglipVisionConfig(**{name: value for name, value in _TOWER.items() if name != "initializer_range"})
     config = LlavaOnevisionConfig(
-        vision_config=tower, text_config=Qwen2Config(**_TEXT), image_token_id=_IMAGE, video_token_id=_VIDEO,
+        vision_config=tower,
+        text_config=Qwen2Config(**_TEXT),
+        image_token_id=_IMAGE,
+        video_token_id=_VIDEO,
         image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
-    )  # fmt: skip
+    )
     return LlavaOnevisionForConditionalGeneration(_spread(config))
 
 
 def _qwen25_vl() -> nn.Module:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    tower = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32,
-             "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16, "fullatt_block_indexes": [1]}  # fmt: skip
+    tower = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "patch_size": 4,
+        "out_hidden_size": 32,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
     config = Qwen2_5_VLConfig(
-        vision_config=tower, text_config={**_TEXT, "rope_parameters": rope}, image_token_id=_IMAGE, video_token_id=_VIDEO,
-        vision_start_token_id=_VISION_START, vision_end_token_id=_VISION_END,
-    )  # fmt: skip
+        vision_config=tower,
+        text_config={**_TEXT, "rope_parameters": rope},
+        image_token_id=_IMAGE,
+        video_token_id=_VIDEO,
+        vision_start_token_id=_VISION_START,
+        vision_end_token_id=_VISION_END,
+    )
     return Qwen2_5_VLForConditionalGeneration(_spread(config))
 
 

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqwise.methods.cache.lazy_eviction import due, group_attention, mri_score, select, track
+from seqwise.core.errors import PromptError
+from seqwise.methods.cache.lazy_eviction import LazyEviction, due, group_attention, mri_score, select, track
+from seqwise.testing.families import FAMILIES
 
 
 def reference_score(t, last, mri):
@@ -28,9 +30,7 @@ def reference_run(rows, prompt, alpha, budget, window):
                 slot["last"] = t
         if len(slots) > budget and t % window == 0:
             old, new = slots[:-window], slots[-window:]
-            rank = sorted(
-                range(len(old)), key=lambda i: (-sum(reference_score(t, old[i]["last"], old[i]["mri"])), -i)
-            )
+            rank = sorted(range(len(old)), key=lambda i: (-sum(reference_score(t, old[i]["last"], old[i]["mri"])), -i))
             slots = [old[i] for i in sorted(rank[: budget - window])] + new
         yield [dict(slot) for slot in slots]
 
@@ -68,9 +68,7 @@ def test_track_by_hand():
 
 def test_counters_are_exact_integers_whatever_dtype_the_attention_has():
     last = torch.tensor([[2049, 0]], dtype=torch.int32)
-    new_last, new_mri = track(
-        last, torch.zeros_like(last), torch.tensor([[0.0, 1.0]], dtype=torch.bfloat16), 0.5, 4097
-    )
+    new_last, new_mri = track(last, torch.zeros_like(last), torch.tensor([[0.0, 1.0]], dtype=torch.bfloat16), 0.5, 4097)
     assert new_last.dtype == new_mri.dtype == torch.int32
     assert (new_last.tolist(), new_mri.tolist()) == ([[2049, 4097]], [[0, 4097]])
 
@@ -169,3 +167,135 @@ def test_after_one_burst_of_noise_the_second_term_loses_what_the_first_alone_kee
     burst = {"noise_steps": 10, "noise_rate": 0.1, "period": period}
     assert periodic_tokens_alive("code", **burst) == 0.0
     assert periodic_tokens_alive("first_term", **burst) == 1.0
+
+
+# the attached class
+
+
+def simulate(q, k, prompt, alpha, budget, window, first_term=False):
+    """Kept tokens per KV head after the prompt and each step: attention over the slots held, maximum of each group."""
+    H, Hkv, D = q.shape[0], k.shape[0], q.shape[-1]
+    g = H // Hkv
+    slots = [[{"token": i, "last": 0, "mri": 0} for i in range(prompt)] for _ in range(Hkv)]
+    history = [[[slot["token"] for slot in head] for head in slots]]
+    for t, i in enumerate(range(prompt, q.shape[1]), 1):
+        for h in range(Hkv):
+            slots[h].append({"token": i, "last": t - 1, "mri": 0})
+            keys = k[h, [slot["token"] for slot in slots[h]]]
+            a = (q[h * g : (h + 1) * g, i] @ keys.mT / math.sqrt(D)).softmax(-1).amax(0)
+            for slot, p in zip(slots[h], a.tolist(), strict=True):
+                if p >= alpha:
+                    slot["mri"] = max(slot["mri"], t - slot["last"])
+                    slot["last"] = t
+            if len(slots[h]) > budget and t % window == 0:
+                old, new = slots[h][:-window], slots[h][-window:]
+
+                def value(n, old=old, t=t):
+                    first, second = reference_score(t, old[n]["last"], old[n]["mri"])
+                    return first if first_term else first + second
+
+                rank = sorted(range(len(old)), key=lambda n: (-value(n), -n))  # noqa: B023 (used at once)
+                slots[h] = [old[n] for n in sorted(rank[: budget - window])] + new
+        history.append([[slot["token"] for slot in head] for head in slots])
+    return history
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("score", ["code", "first_term"])
+def test_keeps_what_a_plain_simulation_keeps(tools, heads, kv_heads, score):
+    model = tools.build(heads=heads, kv_heads=kv_heads)
+    ids = torch.randperm(97, generator=torch.Generator().manual_seed(6))[:60]
+    q, k, _ = tools.first_layer(model, ids)
+    expected = simulate(q, k, 19, 0.06, 14, 5, score == "first_term")
+    assert len({len(kept[0]) for kept in expected}) > 5  # it is cut several times
+    method = LazyEviction(budget=14, window=5, alpha=0.06, score=score)
+    for (run, _), kept in zip(tools.by_steps(model, ids[None], 19, method), expected, strict=True):
+        assert run.kept(layer=0) == [kept]
+
+
+def test_nothing_goes_before_a_window_has_passed_and_the_cache_stays_below_budget_and_window(tools):
+    model = tools.build(layers=2)
+    ids = torch.randperm(97, generator=torch.Generator().manual_seed(7))[None, :70]
+    sizes = [
+        len(run.kept(layer=1)[0][0])
+        for run, _ in tools.by_steps(model, ids, 30, LazyEviction(budget=12, window=4, alpha=0.05))
+    ]
+    assert sizes[:5] == [30, 31, 32, 33, 12]  # a prompt above the budget waits as well
+    assert sizes[4:] == [12 + t % 4 for t in range(37)] and max(sizes[4:]) == 12 + 4 - 1
+
+
+def test_a_cache_within_the_budget_is_left_alone_at_the_end_of_a_window(tools):
+    model = tools.build()
+    ids = torch.randperm(97, generator=torch.Generator().manual_seed(8))[None, :20]
+    sizes = [
+        len(run.kept(layer=0)[0][0]) for run, _ in tools.by_steps(model, ids, 4, LazyEviction(budget=12, window=4))
+    ]
+    assert sizes == [4, *range(5, 12), 12, 13, 14, 15, 12, 13, 14, 15, 12]
+
+
+@pytest.mark.parametrize("method", [LazyEviction(budget=14, window=4, alpha=0.02), LazyEviction(window=3, alpha=0.05)])
+def test_left_padding_changes_nothing(tools, method):
+    tools.assert_padded_equals_alone(method)
+
+
+@pytest.mark.parametrize("method", [LazyEviction(budget=1.0), LazyEviction(budget=60, window=5)])
+def test_a_budget_of_everything_changes_nothing(tools, llama, method):
+    batch = FAMILIES["llama"].prompt(40)
+    plain, _ = tools.generate(llama, batch)
+    ours, run = tools.generate(llama, batch, method)
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    assert not run.acted
+
+
+def test_a_new_prompt_on_a_kept_cache_resets_the_state(tools):
+    """Slots of both prompts start anew, as old as the prompt is; steps between them are no silence."""
+    model = tools.build()
+    ids = torch.randperm(97, generator=torch.Generator().manual_seed(9))[None, :40]
+    method = LazyEviction(budget=80, window=30, alpha=0.03)
+    with method.on(model) as run, torch.no_grad():
+
+        def feed(start, stop):
+            positions = torch.arange(start, stop)[None]
+            model(input_ids=ids[:, start:stop], position_ids=positions, cache=run.cache, use_cache=True)
+
+        feed(0, 10)
+        run.end_prompt()
+        for column in range(10, 20):
+            feed(column, column + 1)
+        state = run.cache.layers[0].state
+        assert state["mri"].any()
+        run.begin_prompt()
+        feed(20, 30)
+        run.end_prompt()
+        state = run.cache.layers[0].state
+        assert not state["mri"].any() and (state["last"] == 10).all()
+        feed(30, 31)
+        assert set(run.cache.layers[0].state["mri"].unique().tolist()) <= {0, 1}
+
+
+def test_a_block_of_rows_counts_as_single_steps(tools):
+    model = tools.build()
+    ids = torch.randperm(97, generator=torch.Generator().manual_seed(10))[None, :30]
+    method = LazyEviction(budget=60, window=50, alpha=0.05)
+    for run, _ in tools.by_steps(model, ids, 15, method):
+        stepped = dict(run.cache.layers[0].state)
+    with method.on(model) as run, torch.no_grad():
+        model(input_ids=ids[:, :15], use_cache=True)
+        run.end_prompt()
+        model(input_ids=ids[:, 15:], position_ids=torch.arange(15, 30)[None], cache=run.cache, use_cache=True)
+        block = run.cache.layers[0].state
+    assert stepped["mri"].max() > 3
+    for name in ("last", "mri"):
+        assert torch.equal(block[name], stepped[name].to(block[name].dtype))
+
+
+def test_window_and_budget_are_checked_when_they_are_known(tools, llama):
+    with pytest.raises(ValueError, match=r"LazyEviction.window must be in \[1, budget\) = \[1, 27\), got 27"):
+        LazyEviction(budget=27)
+    with pytest.raises(ValueError, match=r"= \[1, 9\), got 10"):
+        LazyEviction(budget=(30, 9), window=10)
+    with pytest.raises(ValueError, match=r"LazyEviction.alpha must be .*got 0"):
+        LazyEviction(alpha=0.0)
+    with pytest.raises(PromptError, match="must be < the budget, which is 20 slots for this prompt, got 27"):
+        tools.generate(llama, FAMILIES["llama"].prompt(40), LazyEviction(budget=0.5))
+    assert "_seqwise_run" not in vars(llama)

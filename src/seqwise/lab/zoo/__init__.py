@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import socket
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from seqwise.core.errors import UsageError
 
@@ -57,21 +59,41 @@ def load_model(
 def _named(
     name: str, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    advice = (
+        "Give a folder with safetensors weights, or a causal language model's Hub name and a network; no name at all "
+        "means SmolLM2-135M-Instruct."
+    )
+    folder = os.path.isdir(os.path.expanduser(name))
+    if name.startswith((".", "~", os.sep)) and not folder:
+        raise UsageError(f"cannot load model {name!r}: there is no such folder. {advice}")
+    name = os.path.expanduser(name) if folder else name
+    shared: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": not folder and not _hub_is_near(),  # else the Hub client retries for most of a minute
+    }
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, **shared)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, **shared)
     # Whatever a missing file, network, architecture or consent raises: transformers and the Hub client use many
     # types, all derived from these. ImportError is a checkpoint's own dependency.
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise UsageError(
-            f"cannot load model {name!r}: {_first_line(error)} Give a folder with safetensors weights, or a causal "
-            "language model's Hub name and a network; no name at all means SmolLM2-135M-Instruct."
-        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UsageError(f"cannot load model {name!r}: {_first_line(error)} {advice}") from error
     return model, tokenizer
+
+
+def _hub_is_near() -> bool:
+    """Whether the Hub's name resolves, or a proxy would do that."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _first_line(error: BaseException) -> str:

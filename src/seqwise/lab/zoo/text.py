@@ -9,9 +9,8 @@ import random
 import re
 from functools import lru_cache
 from itertools import chain
-from typing import Protocol
-
 from pydoc_data.topics import topics
+from typing import Protocol
 
 
 class Counts(Protocol):
@@ -39,7 +38,8 @@ def passage(draw: random.Random, tokenizer: Counts, length: int) -> str:
     """One passage as in `passages`, from a random paragraph on."""
     source = paragraphs()
     start = draw.randrange(len(source))
-    picked, characters = [], 0
+    picked: list[str] = []
+    characters = 0
     while characters < 12 * length:  # prose has 4 to 5 characters a token; a byte-level tokenizer has 1
         picked.append(source[(start + len(picked)) % len(source)])
         characters += len(picked[-1])

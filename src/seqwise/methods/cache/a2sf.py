@@ -68,15 +68,15 @@ class A2SF(Method):
     """Evicts the KV slots with the least accumulated, forgetting attention.
 
     budget: slots per layer and KV head: tokens, or the share of the prompt's real tokens; the size is then held while
-    decoding. forget: alpha, one value or one per layer. recent: newest slots that are always kept (16 in the official
-    code). evict: at the end of the prompt and at every step (the paper), or at the end of the prompt only.
+    decoding. forget: alpha, one value or one per layer. recent: newest slots that are always kept, one value or one per
+    layer (16 in the official code). evict: at the end of the prompt and at every step (the paper), or only the former.
     window: if set, only the last `window` rows of a prompt are scored, each with weight 1 before forgetting (SnapKV).
-    pool: width of a max-pool over the score at the end of the prompt, 1 for none (SnapKV: 7).
+    pool: width of a max-pool over the score of the older slots at the end of the prompt, 1 for none (SnapKV: 7).
     """
 
     budget: int | float | tuple[int | float, ...] = budget_param(0.5, "KV slots kept per layer and head")
     forget: float | tuple[float, ...] = param(0.9, ge=0, le=1, doc="forgetting factor alpha")
-    recent: int = param(16, ge=0, doc="newest slots always kept")
+    recent: int | tuple[int, ...] = param(16, ge=0, doc="newest slots always kept")
     evict: Literal["every_step", "prefill"] = "every_step"
     window: int | None = param(None, ge=1, doc="rows of a prompt that are scored")
     pool: int = param(1, ge=1, doc="odd width of the max-pool over scores")
@@ -94,11 +94,12 @@ class A2SF(Method):
     def check(self, anatomy: Anatomy) -> None:
         for layer in range(len(anatomy.layers)):
             layer_budget(self.budget, layer, len(anatomy.layers), f"{type(self).__name__}.budget")
-        if isinstance(self.forget, tuple) and len(self.forget) != len(anatomy.layers):
-            raise ValueError(
-                f"{type(self).__name__}.forget must have one entry per layer ({len(anatomy.layers)}), "
-                f"got {len(self.forget)}"
-            )
+        for name, value in (("forget", self.forget), ("recent", self.recent)):
+            if isinstance(value, tuple) and len(value) != len(anatomy.layers):
+                raise ValueError(
+                    f"{type(self).__name__}.{name} must have one entry per layer ({len(anatomy.layers)}), "
+                    f"got {len(value)}"
+                )
 
     def observes(self, phase: str) -> bool:
         return (phase == "decode" and self.evict == "every_step") or (phase == "prefill" and self.window is None)
@@ -118,9 +119,11 @@ class A2SF(Method):
             if "score" in view.state:
                 score = score + alpha**view.new * view.state["score"]
         view.state["score"] = score
+        recent = self.recent[view.layer] if isinstance(self.recent, tuple) else self.recent
         if self.pool > 1 and view.phase == "prefill":
-            score = max_pool1d(score, self.pool, stride=1, padding=self.pool // 2)
-        return view.keep(score, capacity, recent=self.recent, prefer="later")
+            young = view.order > view.newest - recent  # kept anyway: their scores must not leak to older neighbours
+            score = max_pool1d(score.masked_fill(young, 0.0), self.pool, stride=1, padding=self.pool // 2)
+        return view.keep(score, capacity, recent=recent, prefer="later")
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class TOVA(A2SF):
     """TOVA (arXiv 2401.06104) as a preset: the newest row's attention alone, no protected slots."""
 
     forget: float | tuple[float, ...] = param(0.0, ge=0, le=0, doc="TOVA keeps no history; use A2SF to keep some")
-    recent: int = param(0, ge=0, doc="newest slots always kept")
+    recent: int | tuple[int, ...] = param(0, ge=0, doc="newest slots always kept")
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class SnapKV(A2SF):
     """SnapKV (arXiv 2404.14469) as a preset: a window of the prompt's last rows, max-pooled, after the prompt only."""
 
     forget: float | tuple[float, ...] = param(1.0, ge=1, le=1, doc="window rows weigh alike")
-    recent: int = param(32, ge=0, doc="newest slots always kept")
+    recent: int | tuple[int, ...] = param(32, ge=0, doc="newest slots always kept")
     evict: Literal["every_step", "prefill"] = "prefill"
     window: int | None = param(32, ge=1, doc="rows of a prompt that are scored")
     pool: int = param(7, ge=1, doc="odd width of the max-pool over scores")

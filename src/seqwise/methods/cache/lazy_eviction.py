@@ -127,6 +127,10 @@ class LazyEviction(Method):
                     f"LazyEviction.window must be < the budget, which is {min(capacity)} slots for this prompt, "
                     f"got {self.window}"
                 )
+            if view.step:  # a new prompt on a kept cache resets the state: its steps count from here
+                shape = (*view.key.shape[:2], view.slots)
+                view.state["last"] = torch.full(shape, view.step, dtype=torch.int32, device=view.key.device)
+                view.state["mri"] = torch.zeros(shape, dtype=torch.int32, device=view.key.device)
             return None
         attention = group_attention(view.probabilities().transpose(1, 2), view.key.shape[1])  # (B, q, Hkv, n)
         first = view.step - view.new + 1  # step of this forward's first row

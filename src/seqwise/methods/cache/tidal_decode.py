@@ -143,12 +143,14 @@ class TidalDecode(Method):
         if role == "full" or budgets is None:
             return None
         if role == "reuse":
+            if read.key.shape[2] <= min(budgets):
+                return None  # within the budget: all of it through the fused kernel, bit for bit
             return read.slots_of(read.shared["positions"])
         z = scores(read.query, read.key, live=read.live, scaling=read.scaling)
         # samples may have different budgets: each selects alone, and what fills up is not live
         width = min(max(budgets), z.shape[-1])
         chosen = [select(z[b : b + 1], k, self.keep_current) for b, k in enumerate(budgets)]
-        index = torch.cat([pad(I, (width - I.shape[-1], 0), value=-1) for I in chosen])  # (B, H, width)
+        index = torch.cat([pad(own, (width - own.shape[-1], 0), value=-1) for own in chosen])  # (B, H, width)
         live = (index >= 0) & (z.gather(-1, index.clamp(min=0)) > float("-inf"))
         read.shared["positions"] = read.positions(index.clamp(min=0), live)
         return None

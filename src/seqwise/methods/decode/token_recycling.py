@@ -34,6 +34,7 @@ CHILDREN = (
     (0, 0, 0),
 )
 NODES = 80
+WIDTH = 8  # K: candidates per token, as many as the template's widest node has children
 
 
 def template(nodes: int = NODES) -> tuple[tuple[int, ...], ...]:
@@ -211,14 +212,13 @@ class TokenRecycling(Method):
     def decode(self, loop: Loop) -> Tensor:
         device = loop.input_ids.device
         tree = Tree.of(template(self.nodes), device)
-        M = loop.run.state.get(self) if self.hot else None
-        K = max(len(level) and max(level) for level in CHILDREN)
+        M = loop.run.state.get(self)
+        if M is None:
+            M = torch.zeros(loop.run.anatomy.config.vocab_size, WIDTH, dtype=torch.long, device=device)
         loop.prefill()
         ids, root = loop.input_ids, loop.input_ids[0, -1]
         done = False
         while not done:
-            if M is None:
-                M = torch.zeros(loop.run.anatomy.config.vocab_size, K, dtype=torch.long, device=device)
             drafts = draft(M, root, tree)  # (N,)
             logits = loop.verify(drafts[None], tree.depth, tree.mask)[0]  # (N, V)
             M = update(M, drafts, logits)
@@ -230,7 +230,8 @@ class TokenRecycling(Method):
             # the cache holds every token but the newest, also where a stop cuts the path short
             loop.accept(path[:taken], len(drafts))
             ids, root = torch.cat([ids, new[None, :taken]], 1), new[taken - 1]
-        loop.run.state[self] = M
+        if self.hot:
+            loop.run.state[self] = M
         return ids
 
     def _choose(self, loop: Loop, ids: Tensor, drafts: Tensor, logits: Tensor, tree: Tree) -> Tensor:
