@@ -229,6 +229,8 @@ def snapshot(model):
     found = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
+            if key == "rope_deltas":  # the model's own, of its last prompt
+                continue
             if isinstance(value, dict):  # parameters, buffers, modules, hooks
                 value = (id(value), tuple((k, id(v)) for k, v in value.items()))
             elif isinstance(value, (bool, int, float, str, type(None))):
@@ -281,11 +283,14 @@ def test_nothing_is_left_on_the_model(model, method):
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_nothing_is_left_on_any_family(name):
     family = FAMILIES[name]
-    model = family.tiny()
-    before = snapshot(model)
-    with torch.no_grad(), Heavy().on(model):
-        model.generate(**family.prompt(20), **GREEDY)
-    assert snapshot(model) == before
+    model, batch = family.tiny(), family.prompt(20)
+    with torch.no_grad():
+        plain = model(**batch).logits  # the library itself hangs hooks on a vision tower at its first forward
+        before = snapshot(model)
+        with Heavy().on(model):
+            model.generate(**batch, **GREEDY)
+        assert snapshot(model) == before
+        assert torch.equal(model(**batch).logits, plain)
 
 
 def test_nothing_is_left_after_an_exception(model):
@@ -518,7 +523,7 @@ def test_eviction_is_attention_under_a_mask(model, budget):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "neox", "gpt2"])
-@pytest.mark.parametrize("method", [Newest(budget=5), Heavy(budget=0.4), Heavy(budget=6) | Bytes() | Half(budget=4)], ids=str)
+@pytest.mark.parametrize("method", [Newest(budget=5), Heavy(budget=0.4), Heavy(budget=6) | Half(budget=4)], ids=str)
 @no_grad
 def test_a_padded_batch_is_what_each_prompt_is_alone(name, method):
     family = FAMILIES[name]
@@ -533,6 +538,21 @@ def test_a_padded_batch_is_what_each_prompt_is_alone(name, method):
             assert run.kept()[0] == kept[b]
         for got, wanted in zip(together.logits, alone.logits, strict=True):
             torch.testing.assert_close(got[b], wanted[0], **family.tolerance)
+
+
+@no_grad
+def test_a_padded_batch_in_packed_storage(model):
+    """Rounding to codes turns a difference in the last bit into one of a step, so logits are only close."""
+    method, prompts = Heavy(budget=6) | Bytes() | Half(budget=4), [LLAMA.prompt(n, seed) for seed, n in enumerate((17, 30, 6))]
+    with method.on(model) as run:
+        together = model(**LLAMA.pad_left(prompts)).logits[:, -1], model(words(3)[0][:, None], cache=run.cache).logits[:, -1]
+        kept = run.kept()
+    for b, prompt in enumerate(prompts):
+        with method.on(model) as run:
+            alone = model(**prompt).logits[0, -1], model(words(3)[:, b : b + 1], cache=run.cache).logits[0, -1]
+            assert run.kept()[0] == kept[b]
+        torch.testing.assert_close(together[0][b], alone[0], **LLAMA.tolerance)
+        torch.testing.assert_close(together[1][b], alone[1], rtol=1e-2, atol=2e-2)
 
 
 @no_grad
@@ -690,7 +710,7 @@ def test_a_kept_cache_is_one_whole_prompt_where_nothing_is_evicted(name, begin):
 def test_a_second_turn_sees_what_the_first_one_left(model):
     ids = words(40)
     seen = windowed(40, 6, 20)
-    seen[30:] = windowed(40, 6, 40)[30:] & ((torch.arange(40) >= 24) | (torch.arange(40) >= 30))
+    seen[30:] = torch.ones(40, 40).tril().bool()[30:] & (torch.arange(40) >= 24)
     additive = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
     wanted = model(ids, attention_mask=additive).logits[:, 30:]
     with Newest(budget=6).on(model) as run:
@@ -843,13 +863,13 @@ def test_a_rewritten_head_changes_and_the_others_keep_the_fused_path(model):
         )
 
     handle = catch("plain")
-    model(words(200 % 96))
+    model(words(40))
     handle.remove()
     handle = catch("mine")
     values = {}
     value = model.model.layers[2].self_attn.v_proj.register_forward_hook(lambda m, a, out: values.__setitem__("v", out))
     with Flat().on(model) as run:
-        model(words(200 % 96))
+        model(words(40))
     handle.remove()
     value.remove()
     assert run.acted
@@ -1104,7 +1124,7 @@ def test_the_report_adds_up(model):
     assert report.to_dict()["kept"] == [8.0] * 4
     text = str(run)
     assert text.splitlines()[0] == "Newest(budget=8)"
-    for part in ("tokens seen        32", "kept per layer     8 to 8", "cache              0.01 MiB allocated", "of the plain model's"):
+    for part in ("tokens seen        32", "kept per layer     8 to 8", "cache              0.00 MiB allocated, 0.00 MiB live, 0.02 MiB plain", "of the plain model's"):
         assert part in text
 
 

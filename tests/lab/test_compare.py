@@ -1,4 +1,4 @@
-"""The main job on a tiny random model in a folder: what is measured, what survives, what a user's mistake looks like."""
+"""The main job on a tiny random model: what is measured, what survives, what a user's mistake looks like."""
 
 import json
 import os
@@ -296,7 +296,9 @@ def test_values_differences_and_intervals(document):
             continue
         wanted = {name: row[name] for name in ("task", "mode", "metric")}
         base = [one["value"] for one in rows(document, method="Full()", **wanted)[0]["per_prompt"]]
-        assert row["difference"]["value"] == pytest.approx(sum(a - b for a, b in zip(values, base)) / len(base))
+        assert row["difference"]["value"] == pytest.approx(
+            sum(a - b for a, b in zip(values, base, strict=True)) / len(base)
+        )
     full = rows(document, method="Full()", task="Agreement(continuation=5)")
     assert [(row["metric"], row["value"]) for row in full] == [("match", 1.0), ("kl", pytest.approx(0.0, abs=1e-6))]
     cut = rows(document, method="Recent(budget=0.3)", metric="kl")[0]
@@ -479,8 +481,8 @@ def test_resume_refuses_what_is_no_result(folder, tmp_path, text):
 
 def test_a_real_ctrl_c(folder, tmp_path):
     out = tmp_path / "r.json"
-    command = [sys.executable, "-m", "seqwise.cli", "compare", "--model", folder, "--task", "needle", "--method", "Recent",
-               "--length", "160", "--prompts", "5000", "--out", str(out)]  # fmt: skip
+    options = ["--task", "needle", "--method", "Recent", "--length", "160", "--prompts", "1000", "--out", str(out)]
+    command = [sys.executable, "-m", "seqwise.cli", "compare", "--model", folder, *options]
     env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + 60

@@ -140,15 +140,15 @@ def test_the_headline_counts_losing_methods_per_mode_apart():
                 row("A", difference=(-0.5, -0.7, -0.3)),
                 row("B", difference=(0.0, -0.2, 0.2)),
                 plain(mode="aware"),
-                row("A", mode="aware", difference=(0.0, -0.2, 0.2)),
+                row("A", mode="aware", n=20, difference=(0.0, -0.2, 0.2)),
                 row("B", mode="aware", difference=(0.1, -0.2, 0.4)),
             )
         ).headline
     )
     assert found["Question-blind"] == (
-        "1 of 2 methods measurably loses quality. Within noise of the plain model, or above it: B."
+        "On 12 prompts, 1 of 2 methods measurably loses quality. Within noise of the plain model, or above it: B."
     )
-    assert found["Question-aware"] == "None of 2 methods loses quality measurably."
+    assert found["Question-aware"] == "On 12 to 20 prompts, none of 2 methods loses quality measurably."
 
 
 def test_blind_and_aware_stand_apart_and_are_never_averaged():

@@ -89,8 +89,8 @@ class SlotLayer(CacheLayerMixin):
         return self.read()
 
     def get_seq_length(self) -> int:
-        """Columns the model has seen, not slots held: positions go on counting."""
-        return self.ledger.columns if self.is_initialized else 0
+        """Columns seen before the forward that is under way, not slots held: positions go on counting."""
+        return self.ledger.columns - self.ledger.running if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots + query_length, 0
@@ -173,6 +173,14 @@ class SlotLayer(CacheLayerMixin):
             self.tail = index.shape[-1]
             self._gather_facts(index, live)
         self.ledger.weigh(self.index, self.nbytes)
+
+    def forget_outside(self, window: int) -> None:
+        """Drops slots that no later row can see through a sliding window, a few at a time."""
+        if self.slots <= window - 1 + (window // 16 if self.ledger.phase == "decode" else 0):
+            return
+        assert self.order is not None
+        live = self.live_mask()
+        self.keep(*keep_top(self.order.float().expand_as(live), live, [window - 1] * live.shape[0]))
 
     def _mark(self, index: Tensor, live: Tensor | None) -> None:
         """Packed slots die in place and are compacted once an eighth is dead: a compaction reads the device."""

@@ -194,7 +194,9 @@ class Engine:
         self.by_slot: dict[str, Method] = {slot: part for part in run.method.parts for slot in part.slots}
         for slot in self.by_slot:
             if slot not in _SERVED:
-                raise SeqwiseError(f"{self.by_slot[slot]} claims the slot {slot!r}, which the engine does not serve yet")
+                raise SeqwiseError(
+                    f"{self.by_slot[slot]} claims the slot {slot!r}, which the engine does not serve yet"
+                )
         self.ledger: Ledger | None = None
         self.cache: Any = None
         self.account = Account()
@@ -483,6 +485,7 @@ class Engine:
         ledger = self.ledger
         if self.plain or ledger is None:
             return
+        ledger.running = 0
         if ledger.phase == "prefill":
             ledger.enter()
             if ledger.expected_columns is not None and ledger.columns >= ledger.expected_columns:
@@ -554,7 +557,10 @@ class Engine:
         if self.towers is None or not self.towers.patches_per_image:
             return entered
         left = list(self.towers.patches_per_image)
-        return torch.tensor([[left.pop(0) if n else 0 for n in row] for row in entered.tolist()], device=entered.device)
+        rows = entered.tolist()
+        copies = sum(n > 0 for row in rows for n in row) // len(left)  # beams repeat each sample
+        patches = [[left.pop(0) if n else 0 for n in row] for row in rows[::copies]]
+        return torch.tensor(patches, device=entered.device).repeat_interleave(copies, dim=0)
 
     def _row_types(self, order: Tensor) -> tuple[Tensor, Tensor]:
         """visual and image of the rows with these original positions, from the prompt's segments."""
@@ -739,6 +745,8 @@ class Engine:
                 self.deferred[index] = (query, scaling, softcap)
             else:
                 self._settle(index, layer, query, key, value, scaling, softcap, visible, lse, row_probabilities)
+        if layer is not None and visible.window is not None:
+            layer.forget_outside(visible.window)
         return out
 
     def _read(

@@ -36,6 +36,8 @@ class Rows:
         """Real rows per sample, on the host."""
         if self.spans is not None:
             return [stop - start for start, stop in self.spans]
+        if self.live is not None:
+            return self.live.sum(-1).tolist()
         return [self.count] * batch
 
     def gather(self, index: Tensor, live: Tensor) -> Rows:
@@ -58,6 +60,7 @@ class Ledger:
     phase: Phase = "prefill"
     step: int = 0  # decode rows so far
     columns: int = 0  # columns the model has seen, padding included
+    running: int = 0  # of these, the columns of the forward that is under way
     length: Tensor | None = None  # (B,) real tokens seen
     rows: list[Rows] = field(default_factory=list)  # of the current forward, per layer
     entered: list[list[int]] = field(default_factory=list)  # real prompt rows that reached each layer, per sample
@@ -104,6 +107,7 @@ class Ledger:
             new = torch.where(live, self.length[:, None] + live.cumsum(-1) - 1, -1)
             self.length = self.length + live.sum(-1)
         self.columns += count
+        self.running = count
         rows = Rows(new, live, spans)
         self.rows = [rows] * self.layers
         if self.phase == "decode":
@@ -145,6 +149,8 @@ class Ledger:
         self.shift = {layer: shift.index_select(0, batch.to(shift.device)) for layer, shift in self.shift.items()}
         if self.expected is not None:
             self.expected = [self.expected[i] for i in at]
+        if self.ids is not None:
+            self.ids = self.ids.index_select(0, batch.to(self.ids.device))
         if self.last_position is not None:
             self.last_position = self.last_position.index_select(0, batch.to(self.last_position.device))
 

@@ -179,8 +179,11 @@ def attention_statistics(
     if "mean" in result:
         result["mean"] = result["mean"] / _per_head(seen_by, result["mean"].shape[1]).clamp(min=1)
     if "count" in reduce:
-        result["count"] = seen_by.expand(B, -1, n) if heads == "kv" else _per_head(seen_by, H).expand(B, H, n)
+        wanted = Hkv if heads == "kv" else H
+        result["count"] = _per_head(seen_by, wanted).expand(B, wanted, n)
     if entropy is not None:
+        if visible.live_q is not None:
+            entropy = entropy.masked_fill(~visible.live_q[:, None, None], 0.0)
         result["entropy"] = entropy.view(B, H, R)
     return result
 
@@ -365,7 +368,8 @@ def _softcapped(query: Tensor, key: Tensor, value: Tensor, visible: Visible, sca
             query[:, :, start:stop], key[:, :, low:high], visible.tile(start, stop, low, high), scaling, softcap
         )
         outs.append(p.to(value.dtype) @ value[:, :, low:high].repeat_interleave(g, dim=1))
-    return torch.cat(outs, 2)
+    out = torch.cat(outs, 2)
+    return out if visible.live_q is None else out.masked_fill(~visible.live_q[:, None, :, None], 0.0)
 
 
 def probabilities(

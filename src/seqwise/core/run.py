@@ -264,15 +264,11 @@ class Run:
         slots, ledger, account = self._slots, self.engine.ledger, self.engine.account
         columns = 0 if ledger is None else ledger.columns
         plain = 0
-        for slot in slots:
+        for slot, window in zip(slots, self.anatomy.windows, strict=False):
             if slot.is_initialized:
                 k, v = slot.keys, slot.values
-                plain += (
-                    k.shape[0]
-                    * k.shape[1]
-                    * columns
-                    * (k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size())
-                )
+                token = k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size()
+                plain += k.shape[0] * k.shape[1] * (columns if window is None else min(columns, window - 1)) * token
         kept = [float(slot.live_mask().sum(-1).float().mean()) for slot in slots if slot.is_initialized]
         return Report(
             method=str(self.method),
@@ -323,7 +319,9 @@ class Run:
         os.close(handle)
         try:
             save_file(
-                {name: x.contiguous().cpu() for name, x in tensors.items()}, temporary, {"seqwise": json.dumps(facts)}
+                {name: x.contiguous().cpu().clone() for name, x in tensors.items()},  # layers may share an order
+                temporary,
+                {"seqwise": json.dumps(facts)},
             )
             os.replace(temporary, target)
         except BaseException:

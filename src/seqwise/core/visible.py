@@ -88,7 +88,7 @@ class Visible:
         else:
             offset = None
             rows = rows if rows.dim() == 2 else rows[None]
-            batch = max(rows.shape[0], self.order_q.shape[0])
+            batch = max(rows.shape[0], self.order_q.shape[0], 1 if self.extra is None else self.extra.shape[0])
             rows = rows.expand(batch, -1)
             order_q = self.order_q.expand(batch, -1).gather(1, rows)
             live_q = None if self.live_q is None else self.live_q.expand(batch, -1).gather(1, rows)

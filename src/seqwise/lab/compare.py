@@ -30,7 +30,6 @@ import seqwise
 from seqwise.core import hf
 from seqwise.core.anatomy import Anatomy
 from seqwise.core.errors import SeqwiseError, UsageError
-from seqwise.core.method import Method
 from seqwise.lab.files import cache_dir, write_json
 from seqwise.lab.measure import Measurement, Traced, measure, modes_of
 from seqwise.lab.registry import load_methods, parse_methods
@@ -70,7 +69,7 @@ class Settings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        at_least = [("length", value, 1) for value in self.lengths]
+        at_least: list[tuple[str, int | None, int]] = [("length", value, 1) for value in self.lengths]
         at_least += [("prompts", self.prompts, 1), ("chunk", self.chunk, 1), ("seed", self.seed, 0)]
         for name, value, least in at_least:
             if value is not None and value < least:
@@ -108,9 +107,9 @@ class Comparison:
         self.complete = False
         self.facts = self._facts()
         self.own_place = out is None
-        self.out = out if out is not None else self._place()
-        if not self.own_place:
-            check_writable(self.out, "--out")
+        self.out: Path | None = out if out is not None else self._place()
+        if out is not None:
+            check_writable(out, "--out")
         self.resume = resume
 
     # what is compared
@@ -157,14 +156,14 @@ class Comparison:
             )  # warms up
         progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=console, transient=True,
+            console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
         with progress:
             bar = progress.add_task("", total=len(units) * (1 + len(self.methods)))
             progress.advance(bar, (len(units) - len(missing)) * (1 + len(self.methods)))
             took = 0.0
             for number, (i, cell) in enumerate(missing):
-                if deadline is not None and time.monotonic() + took > deadline:
+                if number and deadline is not None and time.monotonic() + took > deadline:
                     self.notes.append(
                         f"--quick stopped after {number} of {len(missing)} rounds, so that it ends within a minute"
                     )
@@ -242,8 +241,8 @@ class Comparison:
                 needed = context.shape[1] + question.shape[1] + after
                 if limit is not None and needed > limit:
                     raise UsageError(
-                        f"task {cell.task} needs {needed} tokens, more than the {limit} positions of {self.facts['model']}; "
-                        "use a smaller --length"
+                        f"task {cell.task} needs {needed} tokens, more than the {limit} positions of "
+                        f"{self.facts['model']}; use a smaller --length"
                     )
         return {cell: made[cell.task, cell.length] for cell in self.cells}
 
@@ -318,14 +317,19 @@ class Comparison:
                     "What the file held before is untouched."
                 ) from None
             console.print(
-                f"[yellow]cannot keep results in {self.out.parent} ({error.strerror}); --resume will not work[/]",
+                f"cannot keep results in {self.out.parent} ({error.strerror}); --resume will not work",
+                style="yellow",
                 soft_wrap=True,
+                markup=False,
+                highlight=False,
             )
             self.out = None
 
     def _reload(self, console: Console) -> None:
         if self.out is None or not self.out.is_file():
-            console.print(f"nothing to resume at {self.out}: starting anew", soft_wrap=True)
+            console.print(
+                f"nothing to resume at {self.out}: starting anew", soft_wrap=True, markup=False, highlight=False
+            )
             return
         try:
             document = json.loads(self.out.read_text(encoding="utf-8"))
@@ -343,8 +347,12 @@ class Comparison:
                 "give the same settings or another --out"
             )
         for one in document["measurements"]:
-            cell = Cell(one.pop("task"), one.pop("mode"), one.pop("length"))
-            self.found[cell].setdefault(one.pop("method"), {})[one.pop("prompt")] = Measurement(**one)
+            cell, method, i = (
+                Cell(one.pop("task"), one.pop("mode"), one.pop("length")),
+                one.pop("method"),
+                one.pop("prompt"),
+            )
+            self.found[cell].setdefault(method, {})[i] = Measurement(**one)
         for row in document["rows"]:
             if row["status"] == "failed":
                 self.failures[Cell(row["task"], row["mode"], row["length"])][row["method"]] = row["reason"]

@@ -184,7 +184,7 @@ class _Driver:
 def _reply(
     driver: _Driver, asked: Tensor, rest: Tensor, logits: Tensor, gold: Tensor, limit: int
 ) -> tuple[list[int], float | None, Tensor]:
-    """Token ids of the greedy reply to `asked` (1, n), `limit` at most; seconds per token; logits (T, V) of gold (1, T).
+    """Greedy reply to `asked` (1, n), `limit` tokens at most; seconds per token; logits (T, V) of gold (1, T).
 
     rest: the end of `asked` that is not in the cache yet. logits: of the last row that is.
     """

@@ -357,19 +357,22 @@ class Page:
     def _finding(self, mode: str, facets: list[Facet]) -> str:
         """How the methods stand to the plain model in one mode; empty without a plain model."""
         verdicts: dict[Entry, list[Verdict]] = {}
+        prompts: list[float] = []
         for facet in facets:
             for cell in self.of(facet, mode):
                 if cell.verdict:
                     verdicts.setdefault(cell.entry, []).append(cell.verdict)
+                    prompts.append(cell.n)
         losing = [entry for entry, seen in verdicts.items() if "loss" in seen]
         level = [entry for entry in verdicts if entry not in losing]
         if not verdicts:
             return ""
+        based = f"On {spread(prompts, lambda n: count(n, 'prompt'))}"
         every = " on at least one task" if len(facets) > 1 else ""
         if not losing:
-            return f"None of {count(len(verdicts), 'method')} loses quality measurably{every}."
+            return f"{based}, none of {count(len(verdicts), 'method')} loses quality measurably{every}."
         verb = "loses" if len(losing) == 1 else "lose"
-        text = f"{len(losing)} of {count(len(verdicts), 'method')} measurably {verb} quality{every}."
+        text = f"{based}, {len(losing)} of {count(len(verdicts), 'method')} measurably {verb} quality{every}."
         if len(level) > 3:
             text += f" The other {len(level)} stay within noise of the plain model, or above it."
         elif level:

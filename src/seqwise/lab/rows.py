@@ -49,16 +49,26 @@ def rows_of(
     plain = found.get(PLAIN, {})
     rows = []
     for method in dict.fromkeys([*found, *failures]):
-        base = {"method": method, "task": cell.task, "mode": cell.mode, "length": cell.length}
+        base: dict[str, Any] = {"method": method, "task": cell.task, "mode": cell.mode, "length": cell.length}
         for metric in metrics:
             if method in failures:
-                row = {**base, "n": 0, "metric": metric, "value": None, "low": None, "high": None, "difference": None,
-                       **dict.fromkeys(_COSTS), "acted": False, "status": "failed", "reason": failures[method], "per_prompt": []}  # fmt: skip
+                row = {
+                    **base,
+                    **{"n": 0, "metric": metric, "value": None, "low": None, "high": None, "difference": None},
+                    **dict.fromkeys(_COSTS),
+                    **{"acted": False, "status": "failed", "reason": failures[method], "per_prompt": []},
+                }
             else:
                 measured = found[method]
-                row = {**base, **_quality(metric, measured, plain, method), **_cost(measured, plain, method),
-                       "status": "ok", "reason": None,
-                       "per_prompt": [{"prompt": i, "value": one.scores[metric], "text": one.text} for i, one in sorted(measured.items())]}  # fmt: skip
+                each = [
+                    {"prompt": i, "value": one.scores[metric], "text": one.text} for i, one in sorted(measured.items())
+                ]
+                row = {
+                    **base,
+                    **_quality(metric, measured, plain, method),
+                    **_cost(measured, plain),
+                    **{"status": "ok", "reason": None, "per_prompt": each},
+                }
             rows.append(row)
     return rows
 
@@ -82,10 +92,10 @@ def difference(metric: str, ours: Measured, theirs: Measured) -> dict[str, Any] 
     if not both:
         return None
     a, b = [ours[i].scores[metric] for i in both], [theirs[i].scores[metric] for i in both]
-    value = statistics.fmean(x - y for x, y in zip(a, b))
+    value = statistics.fmean(x - y for x, y in zip(a, b, strict=True))
     if len(both) < 2:
         return {"value": value, "low": None, "high": None}
-    low, high = newcombe(a, b) if metric in PROPORTIONS else _mean_bounds([x - y for x, y in zip(a, b)])
+    low, high = newcombe(a, b) if metric in PROPORTIONS else _mean_bounds([x - y for x, y in zip(a, b, strict=True)])
     return {"value": value, "low": low, "high": high}
 
 
@@ -96,7 +106,7 @@ def newcombe(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, flo
     it has a width where all differences are equal.
     """
     n = len(ours)
-    both, first, second = sum(x * y for x, y in zip(ours, theirs)), sum(ours), sum(theirs)
+    both, first, second = sum(x * y for x, y in zip(ours, theirs, strict=True)), sum(ours), sum(theirs)
     spread = (first * (n - first) * second * (n - second)) ** 0.5
     phi = (n * both - first * second) / spread if spread else 0.0
     a, b = wilson(round(first), n), wilson(round(second), n)
@@ -122,7 +132,7 @@ def _mean_bounds(values: Sequence[float]) -> tuple[float, float]:
     return interval.low, interval.high
 
 
-def _cost(measured: Measured, plain: Measured, method: str) -> dict[str, Any]:
+def _cost(measured: Measured, plain: Measured) -> dict[str, Any]:
     ones = list(measured.values())
     cost: dict[str, Any] = {name: statistics.fmean(getattr(one, name) for one in ones) for name in _MEANS}
     cost |= {name: round(cost[name]) for name in _MEANS if name.endswith("_bytes")}

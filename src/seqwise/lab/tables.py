@@ -89,8 +89,10 @@ def _costs(rows: list[dict[str, Any]], about: str) -> Table:
     grid = Table(
         box=SIMPLE_HEAD, title=f"Cost, {about}", title_justify="left", caption_justify="left", padding=(0, 1, 0, 0)
     )
-    grid.caption = "means over tasks; cache: as allocated, share of the plain model's and MiB, peak in MiB; seconds: the plain model's = 1"
-    for name in ("method", "kept", "cache", "MiB", "peak", "attention", "prefill", "per token"):
+    grid.caption = (
+        "means over tasks; cache and its peak as allocated; prefill and seconds per token: the plain model's = 1"
+    )
+    for name in ("method", "kept", "cache", "MiB", "peak MiB", "attention", "prefill", "per token"):
         grid.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = list(

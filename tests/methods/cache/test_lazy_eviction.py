@@ -192,9 +192,9 @@ def simulate(q, k, prompt, alpha, budget, window, first_term=False):
 
                 def value(n, old=old, t=t):
                     first, second = reference_score(t, old[n]["last"], old[n]["mri"])
-                    return first if first_term else first + second
+                    return float(f"{first if first_term else first + second:.5g}")  # 1e-5 alone splits no tie
 
-                rank = sorted(range(len(old)), key=lambda n: (-value(n), -n))  # noqa: B023 (used at once)
+                rank = sorted(range(len(old)), key=lambda n: (-value(n), -n))
                 slots[h] = [old[n] for n in sorted(rank[: budget - window])] + new
         history.append([[slot["token"] for slot in head] for head in slots])
     return history

@@ -1,13 +1,20 @@
 """TidalDecode's schedule, selection and gathered attention against masked attention."""
 
 import math
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from seqwise.methods.cache.tidal_decode import schedule, scores, select, selected_attention
+from seqwise.core.errors import UnsupportedModel
+from seqwise.methods.baselines import Full
+from seqwise.methods.cache.a2sf import A2SF
+from seqwise.methods.cache.tidal_decode import TidalDecode, schedule, scores, select, selected_attention
+from seqwise.testing.families import FAMILIES
 
 
 def tensors(seed, B=2, H=6, Hkv=2, n=23, D=5, Dv=5):
@@ -195,3 +202,159 @@ def test_the_correction_layer_replaces_the_positions():
     corrected = selected_attention(q, K, V, select(scores(*layers[2][:2]), 5))
     stale = selected_attention(q, K, V, select(scores(*layers[0][:2]), 5))
     assert torch.equal(outs[3], corrected) and not torch.allclose(corrected, stale)
+
+
+# the attached class
+
+
+@dataclass(frozen=True)
+class Watched(TidalDecode):
+    """Notes what each layer's read saw and chose: (layer, query, key, live, choice)."""
+
+    abstract: ClassVar[bool] = True
+    seen: ClassVar[list] = []
+
+    def read(self, read):
+        choice = super().read(read)
+        self.seen.append((read.layer, read.query.clone(), read.key.clone(), read.live, choice))
+        return choice
+
+
+def reading(method, steps):
+    """What a run of `by_steps` read, per step a list over the layers."""
+    Watched.seen.clear()
+    for _ in steps(Watched(**{f.name: getattr(method, f.name) for f in fields(method)})):
+        pass
+    layers = max(entry[0] for entry in Watched.seen) + 1
+    return [Watched.seen[i : i + layers] for i in range(0, len(Watched.seen), layers)]
+
+
+@pytest.mark.parametrize("keep_current", [True, False])
+def test_layers_reuse_the_positions_of_the_last_selecting_layer_of_the_same_step(tools, keep_current):
+    model = tools.build(layers=6)
+    ids = torch.randperm(97, generator=torch.Generator().manual_seed(3))[:60].view(2, 30)
+    method = TidalDecode(budget=5, start=1, correction=3, keep_current=keep_current)
+    steps = reading(method, lambda m: tools.by_steps(model, ids, 21, m))
+    assert len(steps) == 9
+    chosen = []
+    for number, step in enumerate(steps):
+        n = 22 + number
+        for layer, role in enumerate(schedule(6, 1, 3)):
+            at, q, K, live, choice = step[layer]
+            assert at == layer and K.shape[2] == n and live is None  # nothing is evicted
+            if role == "reuse":
+                source = step[1 if layer < 3 else 3]
+                z, _ = dense(source[1], source[2], source[2])
+                if keep_current:
+                    z[..., -1] = math.inf
+                assert torch.equal(choice[0], z.topk(5).indices.sort(-1).values)
+                assert choice[1].all()
+                chosen.append(choice[0])
+            else:
+                assert choice is None  # full attention, in selecting layers as well
+    assert not torch.equal(chosen[0], chosen[1])  # the correction changes the positions
+    with_current = [(index == 21 + i // 3).any(-1).all().item() for i, index in enumerate(chosen)]
+    assert all(with_current) == keep_current
+
+
+def test_every_layer_equals_attention_under_a_mask_of_its_positions(tools):
+    """Logits of a step against a plain forward in which reusing layers are masked."""
+    model = tools.build(layers=3)
+    ids = torch.randperm(97, generator=torch.Generator().manual_seed(4))[None, :25]
+    Watched.seen.clear()
+    logits = [logits for _, logits in tools.by_steps(model, ids, 24, Watched(budget=6, start=0, correction=1))][-1]
+    seen = as_mask(Watched.seen[-1][-1][0], 25)  # (1, H, 25) of layer 2
+    attention = model.model.layers[2].self_attn
+
+    def masked(module, args, kwargs, output):
+        x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+        q, K, V = (
+            p(x).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            for p in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        q, K = apply_rotary_pos_emb(q, K, cos, sin)
+        last = dense(q[:, :, -1:], K, V, seen)[1]  # (1, H, 1, D)
+        last = module.o_proj(last.transpose(1, 2).flatten(2))
+        return (torch.cat([output[0][:, :-1], last], 1), *output[1:])
+
+    handle = attention.register_forward_hook(masked, with_kwargs=True)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, -1]
+        handle.remove()
+        plain = model(input_ids=ids).logits[:, -1]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(plain, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "method", [TidalDecode(budget=1.0, start=0, correction=2), TidalDecode(budget=60, start=0, correction=1)]
+)
+def test_a_budget_of_everything_is_plain_decoding_bit_for_bit(tools, llama, method):
+    batch = FAMILIES["llama"].prompt(40)
+    full, _ = tools.generate(llama, batch, Full())
+    ours, run = tools.generate(llama, batch, method)
+    assert torch.equal(ours, full)
+    assert not run.acted and run.report().attention_work == 1.0
+
+
+def test_keys_read_are_the_schedules_and_the_cache_stays_whole(tools, llama):
+    batch = FAMILIES["llama"].prompt(40)
+    run = tools.generate(llama, batch, TidalDecode(budget=7, start=0, correction=2), new=11)[1]
+    steps = range(41, 51)  # keys at each of the ten forwards after the prompt
+    prompt = 4 * 4 * 40 * 41 // 2  # layers, heads
+    assert run.engine.account.pairs == prompt + 4 * sum(2 * n + 2 * 7 for n in steps)
+    assert run.engine.account.plain_pairs == prompt + 4 * sum(4 * n for n in steps)
+    report = run.report()
+    assert run.acted and report.kept == [50.0] * 4 and report.attention_work < 1
+
+
+@pytest.mark.parametrize(
+    "method", [TidalDecode(budget=6, start=0, correction=1), TidalDecode(budget=0.4, start=1, correction=2)], ids=str
+)
+def test_left_padding_changes_nothing_in_the_model(tools, method):
+    tools.assert_padded_equals_alone(method)
+
+
+def test_prompts_and_blocks_of_rows_are_attended_in_full(tools, llama):
+    ids = FAMILIES["llama"].prompt(40)["input_ids"]
+    with torch.no_grad():
+        plain = llama(input_ids=ids).logits
+        with TidalDecode(budget=4, start=0, correction=1).on(llama) as run:
+            first = llama(input_ids=ids[:, :25], use_cache=True).logits
+            run.end_prompt()
+            block = llama(
+                input_ids=ids[:, 25:], position_ids=torch.arange(25, 40)[None], cache=run.cache, use_cache=True
+            ).logits
+    torch.testing.assert_close(torch.cat([first, block], 1), plain, **FAMILIES["llama"].tolerance)
+    assert not run.acted
+
+
+def test_reads_what_another_method_left(tools, llama):
+    batch = FAMILIES["llama"].prompt(40)
+    method = TidalDecode(budget=6, start=0, correction=1) | A2SF(budget=(30, 20, 12, 4), recent=2)
+    logits, run = tools.generate(llama, batch, method)
+    assert logits.isfinite().all() and run.report().kept == [30.0, 20.0, 12.0, 4.0]
+    tools.assert_padded_equals_alone(method)
+
+
+def test_models_that_cannot_serve_are_refused_with_what_to_do(llama):
+    with pytest.raises(UnsupportedModel, match="correction must be < the model's 4 layers, got 13; choose a layer"):
+        TidalDecode().on(llama)
+    with pytest.raises(UnsupportedModel, match="full attention"):
+        TidalDecode(start=0, correction=1).on(FAMILIES["mistral"].tiny())
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: TidalDecode(start=5, correction=5),
+            r"TidalDecode.start must be in \[0, correction\) = \[0, 5\), got 5",
+        ),
+        (lambda: TidalDecode(budget=0), r"TidalDecode.budget must be .*got 0"),
+        (lambda: TidalDecode(correction=0), r"TidalDecode.correction must be .*got 0"),
+    ],
+)
+def test_bad_hyperparameters_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -4,8 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from seqwise.core.anatomy import Anatomy
+from seqwise.core.errors import UnsupportedModel
+from seqwise.core.method import Method
 from seqwise.methods.reduce.flowcut import (
+    FlowCut,
     accumulate,
     attention_term,
     decoder_score,
@@ -15,6 +21,9 @@ from seqwise.methods.reduce.flowcut import (
     semantic_term,
     value_norm,
 )
+from seqwise.testing.families import FAMILIES
+
+IMAGE = 97  # the placeholder token of the families
 
 B, h, n, D = 2, 3, 7, 5  # n patches beside one CLS row
 
@@ -159,3 +168,262 @@ def test_decoder_score_with_grouped_heads():
             sem += torch.tensor(softmax([dot(v_last[b, kv], v[b, kv, j]) / math.sqrt(D) for j in range(n)])) / H
             mean += v[b, kv] / H
         torch.testing.assert_close(got[b], (rel + sem) * mean.abs().sum(-1))
+
+
+# the class, on tiny random models
+
+
+def logits(model, batch, method: Method | None = None):
+    """Logits of one forward, and the run."""
+    with torch.no_grad():
+        if method is None:
+            return model(**batch).logits, None
+        with method.on(model) as run:
+            return model(**batch).logits, run
+
+
+def recorded(modules: dict[str, nn.Module], call) -> dict[str, torch.Tensor]:
+    """Output of each module during the call; of a decoder or tower layer's input, prefix its name with '>'."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def before(name):
+        return lambda module, args, kwargs: seen.update({name: args[0] if args else kwargs["hidden_states"]})
+
+    hooks = [
+        module.register_forward_pre_hook(before(name), with_kwargs=True)
+        if name.startswith(">")
+        else module.register_forward_hook(lambda _m, _a, out, name=name: seen.update({name: out}))
+        for name, module in modules.items()
+    ]
+    try:
+        call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def projections(attention: nn.Module, call, head: int) -> list[torch.Tensor]:
+    """q, k, v (1, h, n, D) that the module's projections gave during the call."""
+    parts = {name: getattr(attention, f"{name}_proj") for name in "qkv"}
+    seen = recorded(parts, call)
+    return [seen[name].unflatten(-1, (-1, head)).transpose(1, 2) for name in "qkv"]
+
+
+def tower_by_hand(model, tile: torch.Tensor, T: int) -> tuple[list[int], torch.Tensor]:
+    """The tower's layers one after another on one tile (1, 3, h, w): patches that are left, hidden rows at the end."""
+    vision = Anatomy.of(model).vision
+    cls, s = vision.specials, vision.feature_layer
+    with torch.no_grad():
+        x = recorded({">in": vision.layers[0]}, lambda: vision.tower(tile))[">in"]
+        left, C = list(range(x.shape[1] - cls)), None
+        for i in range(s + 1):
+            out: list[torch.Tensor] = []
+            head = vision.attentions[i].head_dim
+            q, k, v = projections(vision.attentions[i], lambda i=i, x=x: out.append(vision.layers[i](x, None)), head)
+            x = out[0]
+            a = attention_term(q, k, cls=bool(cls))
+            C = accumulate(C, layer_score(a, semantic_term(v) if cls else None, value_norm(v)[:, cls:]))
+            if i == s or len(left) <= T:
+                continue
+            drop = int(drop_count(a, T, s - i - 1, 0.0 if cls else 1e-7))
+            best = sorted(C[0].argsort(descending=True, stable=True)[: len(left) - drop].tolist())
+            left, C = [left[j] for j in best], C[:, best]
+            x = x[:, [*range(cls), *(cls + j for j in best)]]
+    return left, x
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return FAMILIES["llava"].tiny()
+
+
+@pytest.fixture(scope="module")
+def tiled():
+    return FAMILIES["llava_next"].tiny()
+
+
+@pytest.mark.parametrize("T", [1, 3, 7, 12])
+def test_the_tower_drops_what_it_drops_by_hand(llava, T):
+    batch = FAMILIES["llava"].pad_left([FAMILIES["llava"].prompt(9, seed=i) for i in range(3)])
+    with torch.no_grad(), FlowCut(budget=T).on(llava) as run:
+        rows = recorded({">in": llava.model.language_model.layers[0]}, lambda: llava(**batch))[">in"]
+    kept = [stages["input"] for stages in run.kept()]
+    for i in range(3):
+        left, x = tower_by_hand(llava, batch["pixel_values"][i : i + 1], T)
+        assert run.tower_kept[i] == left and len(left) == T
+        start = int((batch["input_ids"][i] == IMAGE).nonzero()[0])
+        at = [position for position in kept[i] if start <= position < start + 16]
+        assert [position - start for position in at] == left
+        with torch.no_grad():
+            features = llava.model.multi_modal_projector(x[:, 1:])[0]  # the CLS row still in front
+        columns = [kept[i].index(position) for position in at]
+        torch.testing.assert_close(rows[i, columns], features, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tower_without_cls_is_cut_by_its_mean_query():
+    family = FAMILIES["llava_onevision"]
+    model, prompt = family.tiny(), family.prompt(9)
+    _, run = logits(model, prompt, FlowCut(budget=9))
+    for i, kept in enumerate(run.tower_kept):
+        assert kept == tower_by_hand(model, prompt["pixel_values"][0, i : i + 1], 4)[0]
+
+
+@pytest.mark.parametrize("budget", [1.0, 16, 400])
+def test_a_target_that_all_patches_meet_changes_nothing(llava, budget):
+    prompt = FAMILIES["llava"].prompt(11, images=2)
+    ours, run = logits(llava, prompt, FlowCut(budget=budget))
+    torch.testing.assert_close(ours, logits(llava, prompt)[0], atol=2e-5, rtol=1e-4)
+    assert not run.acted and run.tower_kept == [list(range(16))] * 2
+
+
+def test_features_of_an_uncut_tower_are_bit_equal(llava):
+    prompt = FAMILIES["llava"].prompt(5)
+    plain = recorded({"f": llava.model.multi_modal_projector}, lambda: logits(llava, prompt))["f"]
+    ours = recorded({"f": llava.model.multi_modal_projector}, lambda: logits(llava, prompt, FlowCut(budget=16)))["f"]
+    assert ours.equal(plain)
+
+
+def test_a_share_refers_to_the_patches_of_an_image(llava):
+    prompt = FAMILIES["llava"].prompt(11, images=3)
+    _, run = logits(llava, prompt, FlowCut(budget=0.4))
+    assert [len(kept) for kept in run.tower_kept] == [6, 6, 6]  # floor(0.4 * 16)
+    _, run = logits(llava, prompt, FlowCut(budget=0.01))
+    assert [len(kept) for kept in run.tower_kept] == [1, 1, 1]
+    assert int((torch.tensor(run.rows) >= 0).sum()) == prompt["input_ids"].shape[1] - 3 * 15
+
+
+@pytest.mark.parametrize("name, budget", [("llava", 5), ("llava_next", 9), ("llava_next", 0.3)])
+def test_a_left_padded_batch_gives_what_each_prompt_gives_alone(name, budget):
+    family = FAMILIES[name]
+    model, prompts = family.tiny(), [family.prompt(17, seed=1), family.prompt(6, seed=2, images=2)]
+    together, run = logits(model, family.pad_left(prompts), FlowCut(budget=budget))
+    for i, prompt in enumerate(prompts):
+        alone, single = logits(model, prompt, FlowCut(budget=budget))
+        assert single.kept()[0] == run.kept()[i]
+        torch.testing.assert_close(together[i, -1], alone[0, -1], **family.tolerance)
+
+
+def test_a_prompt_without_image_is_left_alone(llava):
+    prompt = FAMILIES["llava"].prompt(12, images=0)
+    ours, run = logits(llava, prompt, FlowCut(budget=3))
+    torch.testing.assert_close(ours, logits(llava, prompt)[0], atol=2e-5, rtol=1e-4)
+    assert not run.acted
+
+
+def test_several_feature_layers_and_cls_features_are_refused():
+    for name, value in (("vision_feature_layer", [-2, -1]), ("vision_feature_select_strategy", "full")):
+        model = FAMILIES["llava"].tiny()
+        setattr(model.config, name, value)
+        with pytest.raises(UnsupportedModel, match="several feature layers, CLS among the features"), FlowCut().on(model):
+            pass
+
+
+def test_a_text_model_is_refused():
+    with pytest.raises(UnsupportedModel, match="vision tower"):
+        FlowCut().on(FAMILIES["llama"].tiny())
+
+
+@pytest.mark.parametrize("budget", [0, -3, 0.0, 1.2, True])
+def test_bad_budgets_are_refused(budget):
+    with pytest.raises(ValueError, match=r"FlowCut\.budget must be a whole number of tokens >= 1 or a share in"):
+        FlowCut(budget=budget)
+
+
+# the second cut, in the decoder of models that cut images into tiles
+
+
+def decoder_by_hand(model, entered: torch.Tensor, image: torch.Tensor, prompt_rows: int, T: list[int]):
+    """Decoder on rows (1, r, d), cut behind layer index 1 among the first `prompt_rows`: kept rows, logits.
+
+    image: (r,), which image a row belongs to, -1 for text. T: rows that stay of each image.
+    """
+    decoder = model.model.language_model
+
+    def run(x, layers, positions):
+        mask = torch.full((x.shape[1],) * 2, float("-inf")).triu(1)[None, None]
+        rope = decoder.rotary_emb(x, positions[None])
+        for layer in layers:
+            x = layer(x, attention_mask=mask, position_embeddings=rope, position_ids=positions[None])
+        return x, rope
+
+    with torch.no_grad():
+        everything = torch.arange(entered.shape[1])
+        x, rope = run(entered, decoder.layers[:1], everything)
+        out: list[torch.Tensor] = []
+        attention = decoder.layers[1].self_attn
+        q, k, v = projections(attention, lambda: out.append(run(x, decoder.layers[1:2], everything)[0]), 8)
+        q, k = apply_rotary_pos_emb(q, k, *rope)
+        keep = image < 0
+        last = prompt_rows - 1
+        for i, count in enumerate(T):
+            at = (image == i).nonzero()[:, 0]
+            S = decoder_score(q[:, :, last], k[:, :, at], v[:, :, last], v[:, :, at])[0]
+            keep[at[S.argsort(descending=True, stable=True)[:count]]] = True
+        rows = keep.nonzero()[:, 0]
+        x, _ = run(out[0][:, rows], decoder.layers[2:], torch.arange(len(rows)))
+        return rows, model.lm_head(decoder.norm(x))
+
+
+@pytest.mark.parametrize("budget", [9, 1, 0.3])
+@pytest.mark.parametrize("images", [1, 2])
+def test_tiles_are_cut_to_half_in_the_tower_and_the_image_to_the_target_behind_layer_1(tiled, budget, images):
+    family = FAMILIES["llava_next"]
+    prompt = family.prompt(15, seed=3, images=images)
+    tiles = [3, 5][:images]  # the overview and two or four more
+    T = [budget if isinstance(budget, int) else int(budget * 16 * n) for n in tiles]
+    with torch.no_grad(), FlowCut(budget=budget).on(tiled) as run:
+        ours: list[torch.Tensor] = []
+        first = tiled.model.language_model.layers[0]
+        entered = recorded({">in": first}, lambda: ours.append(tiled(**prompt).logits))[">in"]
+    halves = [max(1, t // 2) for t, n in zip(T, tiles, strict=True) for _ in range(n)]
+    assert [len(kept) for kept in run.tower_kept] == [min(16, half) for half in halves]
+
+    stages, ids = run.kept()[0], prompt["input_ids"][0]
+    assert entered.shape[1] == len(stages["input"])
+    image = image_of(ids)[stages["input"]]
+    rows, wanted = decoder_by_hand(tiled, entered, image, len(image), T)
+    assert stages["layer 2"] == [stages["input"][row] for row in rows.tolist()]
+    at = image[rows]
+    for i, count in enumerate(T):
+        assert int((at == i).sum()) == min(count, int((image == i).sum()))
+    torch.testing.assert_close(ours[0], wanted, atol=5e-5, rtol=1e-4)
+
+
+def test_layers_before_the_decoder_cut_keep_the_whole_cache_and_new_tokens_follow_each_layers_own_rows(tiled):
+    family = FAMILIES["llava_next"]
+    prompt = family.prompt(15, seed=3)
+    with torch.no_grad(), FlowCut(budget=7).on(tiled) as run:
+        first: list[torch.Tensor] = []
+        start = lambda _m, args, kwargs: first.append(args[0] if args else kwargs["hidden_states"])  # noqa: E731
+        hook = tiled.model.language_model.layers[0].register_forward_pre_hook(start, with_kwargs=True)
+        try:
+            out = tiled.generate(
+                **prompt, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+        finally:
+            hook.remove()
+    assert out.sequences[:, : prompt["input_ids"].shape[1]].equal(prompt["input_ids"])
+    stages = run.kept()[0]
+    text = prompt["input_ids"].shape[1] - int((prompt["input_ids"] == IMAGE).sum())
+    assert len(stages["input"]) > len(stages["layer 2"]) == 7 + text
+    assert [len(run.kept(layer)[0][0]) for layer in range(4)] == [len(stages["input"]) + 4] * 2 + [7 + text + 4] * 2
+
+    image = image_of(prompt["input_ids"][0])[stages["input"]]
+    every = torch.cat([image, torch.full((4,), -1)])
+    _, wanted = decoder_by_hand(tiled, torch.cat(first, 1), every, len(image), [7])  # the 4 new tokens as more rows
+    torch.testing.assert_close(torch.stack(out.logits, 1), wanted[:, -5:], atol=5e-5, rtol=1e-4)
+
+
+def test_the_whole_budget_cuts_no_newline_row(tiled):
+    prompt = FAMILIES["llava_next"].prompt(9)
+    ours, run = logits(tiled, prompt, FlowCut(budget=1.0))
+    torch.testing.assert_close(ours, logits(tiled, prompt)[0], atol=5e-5, rtol=1e-4)
+    assert not run.acted
+
+
+def image_of(ids: torch.Tensor) -> torch.Tensor:
+    """Per token which image it belongs to, -1 for text: every run of placeholders is one image."""
+    visual = ids == IMAGE
+    starts = visual & ~torch.cat([torch.tensor([False]), visual[:-1]])
+    return torch.where(visual, starts.cumsum(0) - 1, -1)

@@ -36,7 +36,7 @@ CLAIMS = (
     Claim(
         key="objects-kept",
         text="at 25 % the rank strategy keeps a larger share of the object patches than chance",
-        paper="shown by pictures: the kept tokens lie on the objects",
+        paper="no figure could be read",
         direction=">",
         margin=0.0,
         baseline="9 patches drawn by chance",
@@ -103,8 +103,8 @@ REPRODUCTION = Reproduction(
     notes=(
         "A LLaVA-architecture model of width 64 with 36 patches instead of 576 and one question an image whose answer "
         "is in one patch, so that each lost object patch costs answers; photographs spread what a question needs over "
-        "many patches. Significance from all rows of the feature layer, whose choice is ours. An accuracy is within 1 % "
-        "where it is within one point."
+        "many patches. Significance from all rows of the feature layer: the choice is ours. Within 1 % means within "
+        "one point of accuracy."
     ),
     not_testable={
         "extreme": "0.2 % of 36 patches is less than one patch, and AI2D and ScienceQA can partly be answered without "

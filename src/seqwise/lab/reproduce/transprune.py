@@ -87,7 +87,7 @@ CLAIMS = (
     Claim(
         key="position",
         text="transitions favour positions less than attention does (|rank correlation| with the position, layer 2)",
-        paper="shown in a figure",
+        paper="attention favours tokens by position; no figure could be read",
         direction="<",
         margin=0.0,
         baseline="attention received from the image rows in layer 3",
@@ -147,7 +147,7 @@ def answered(model: nn.Module, drawn: StagedBatch, method: Method | None = None)
 
 
 def position_bias(model: nn.Module, drawn: StagedBatch) -> tuple[list[float], list[float]]:
-    """|Spearman's rank correlation| of score and position behind layer 2, per image: of TTV, of image rows' attention."""
+    """|Rank correlation| of score and position behind layer 2, per image: of TTV, and of the image rows' attention."""
     scores: list[Tensor] = []
 
     class Watch(TransPrune):
@@ -206,7 +206,7 @@ REPRODUCTION = Reproduction(
     measure=measure,
     seeds=(0, 1, 2),
     notes=(
-        "A LLaVA-architecture model with four decoder layers and 36 image tokens instead of 32 and 576. By construction "
+        "A LLaVA-architecture model with four decoder layers and 36 image tokens instead of 32 and 576. By design "
         "the text does not see the image before layer 3, so that the image is still needed at the stages; the first of "
         "three stages, behind layer 1, therefore has attention that was never trained on the image to go by."
     ),

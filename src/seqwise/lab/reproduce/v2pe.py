@@ -1,9 +1,9 @@
 """V2PE on prompts of many small images: does a model trained on 128 positions find a key among 8 times more images?
 
-    image     <img> 16 visual tokens </img>; one of them is an item, a key and a value in one token
-    prompt    images with text between them, then questions: keys that are in one image each; the answer is the value
-    training  128 tokens with 2 to 5 images and text; positions step by a random delta per image, or by 1
-    test      40 images and nothing between them: 724 tokens, 124 positions with delta = 1/16
+image     <img> 16 visual tokens </img>; one of them is an item, a key and a value in one token
+prompt    images with text between them, then questions: keys that are in one image each; the answer is the value
+training  128 tokens with 2 to 5 images and text; positions step by a random delta per image, or by 1
+test      40 images and nothing between them: 724 tokens, 124 positions with delta = 1/16
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CLAIMS = (
     Claim(
         key="many-images",
         text="8 times more images than in training: V2PE keeps answers that ordinary positions lose",
-        paper="performance drops sharply when positions exceed the window; V2PE reaches 1M tokens after 256K in training",
+        paper="performance drops sharply when positions exceed the window; V2PE, trained on 256K tokens, reaches 1M",
         direction=">",
         margin=0.1,
         baseline="accuracy of a model trained and used with ordinary positions",
@@ -182,8 +182,8 @@ REPRODUCTION = Reproduction(
     measure=measure,
     seeds=(0, 1, 2),
     notes=(
-        "A two-layer Llama with drawn visual tokens, 16 per image, instead of InternVL2-2B with 256 per tile. An answer "
-        "needs one token of one image; the order inside an image does not matter, so delta has no lower bound here."
+        "A two-layer Llama with drawn visual tokens, 16 per image, instead of InternVL2-2B with 256 per tile. An "
+        "answer needs one token of one image, whatever its order there, so delta has no lower bound here."
     ),
     not_testable={"million-tokens": "needs the 2B model and long multimodal training data"},
 )

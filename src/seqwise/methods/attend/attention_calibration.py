@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -255,7 +256,9 @@ class AttentionCalibration(Method):
             with replace(self, heads=(pairs[at],), fingerprint="").on(model):
                 known[name] = _accuracy(model, data)
             if resume is not None:
-                Path(resume).write_text(json.dumps({"key": key, "accuracy": known}))
+                part = Path(f"{resume}.part")  # replaced whole, so that a search may be stopped at any time
+                part.write_text(json.dumps({"key": key, "accuracy": known}))
+                os.replace(part, resume)
         accuracy = torch.full((len(anatomy.layers), anatomy.heads), math.nan)
         for name, value in known.items():
             layer, head = map(int, name.split("."))
@@ -271,8 +274,11 @@ def _plain(item: dict[str, Any]) -> list[Any]:
 def _known(resume: str | Path | None, key: str) -> dict[str, float]:
     if resume is None or not Path(resume).exists():
         return {}
-    saved = json.loads(Path(resume).read_text())
-    if saved.get("key") != key:
+    try:
+        saved = json.loads(Path(resume).read_text())
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict) or saved.get("key") != key:
         raise UsageError(f"{resume} holds a search on another model, data or setting; remove it or name another file")
     return dict(saved["accuracy"])
 

@@ -135,12 +135,14 @@ class FlowCut(Method):
     """Prunes visual tokens inside the vision tower; on tiled models (LLaVA-NeXT) half there, then in the decoder.
 
     budget: T, visual tokens per image: a count, or the share of the patches of all its tiles. On tiled models each
-    tile is cut to T // 2 in the tower and the image to T behind the second decoder layer.
+    tile of several is cut to T // 2 in the tower and the image to T behind the second decoder layer, from where on
+    the rows that are left have positions 0, 1, ...
     """
 
     budget: int | float = budget_param(0.25, "visual tokens kept per image")
 
     slots: ClassVar[tuple[str, ...]] = ("tower.rows", "layer.rows")
+    positions: ClassVar[str] = "renumber"  # at the decoder cut
 
     def identity(self) -> Method:
         return replace(self, budget=1.0)
@@ -150,11 +152,12 @@ class FlowCut(Method):
 
     def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
         tiled = anatomy.vision is not None and anatomy.vision.tiled
-        return (_DECODER_CUT,) if tiled and self.budget != 1.0 and len(anatomy.layers) > _DECODER_CUT else ()
+        everything = isinstance(self.budget, float) and self.budget == 1.0  # newline rows are more than all patches
+        return (_DECODER_CUT,) if tiled and not everything and len(anatomy.layers) > _DECODER_CUT else ()
 
     def prune_tower(self, layer: TowerLayer) -> Tensor | None:
         T = budget_count(self.budget, layer.tiles * layer.patches)
-        if layer.tiled and self.budget != 1.0:
+        if layer.tiles > 1:
             T = max(1, T // 2)
         cls = layer.specials > 0
         a = attention_term(layer.query, layer.key, cls)  # (1, n)
