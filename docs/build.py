@@ -72,10 +72,12 @@ def wing_of(paper: Paper) -> str:
 
 
 def contract_facts() -> dict[str, Any]:
-    """What the table method x family shows: the recorded passes, the families, and which names have a page."""
+    """What the table method x family shows: passes and refusals on record, the families, and which names have a page."""
     passes = catalogue.contract_passes()
     families = dict.fromkeys(family for entry in passes.values() for family in entry.get("matrix", {}))
-    return {"passes": passes, "families": list(families), "slugs": {paper.slug for paper in catalogue.papers()}}
+    refused = {name: entry["refused"] for name, entry in passes.items() if entry.get("refused")}
+    slugs = {paper.slug for paper in catalogue.papers()}
+    return {"passes": passes, "families": list(families), "refused": refused, "slugs": slugs}
 
 
 def paper_facts(paper: Paper) -> dict[str, Any]:

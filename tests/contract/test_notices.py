@@ -335,7 +335,7 @@ def test_errors():
     fails(AcceptsAnything(), 6, r"AcceptsAnything\.budget=0 is accepted")
     fails(SaysNothing(), 6, r"SaysNothing\.share=0\.0: the message does not name the field: bad share")
     fails(NamesNoValue(), 6, r"NamesNoValue\.share=0\.0: the message does not say 'got 0\.0'")
-    fails(NamesNoRange(), 6, r"NamesNoRange\.share=1\.25: the message does not say the range")
+    fails(NamesNoRange(), 6, r"NamesNoRange\.share=2\.0: the message does not say the range")
     fails(RaisesAnother(), 6, r"RaisesAnother\.share=<class 'object'> raises TypeError, not ValueError")
     fails(RunsAnyway(), 6, "needs 'vision tower', but runs on llama")
 

@@ -21,7 +21,9 @@ def test_decoder_layers_and_attention_are_found(name):
     anatomy = Anatomy.of(model)
     text = model.config.get_text_config()
     assert len(anatomy.layers) == len(anatomy.attentions) == len(anatomy.windows) == text.num_hidden_layers
-    assert all(attention in list(layer.modules()) for layer, attention in zip(anatomy.layers, anatomy.attentions, strict=True))
+    assert all(
+        attention in list(layer.modules()) for layer, attention in zip(anatomy.layers, anatomy.attentions, strict=True)
+    )
     assert list(anatomy.layers) == next(
         list(child) for child in anatomy.decoder.children() if isinstance(child, nn.ModuleList)
     )
@@ -101,7 +103,9 @@ def test_an_encoder_decoder_is_refused():
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(UnsupportedModel, match="^Linear is not a transformers model; load it with AutoModelForCausalLM$"):
+    with pytest.raises(
+        UnsupportedModel, match="^Linear is not a transformers model; load it with AutoModelForCausalLM$"
+    ):
         Anatomy.of(nn.Linear(2, 2))
     empty = nn.Linear(2, 2)
     empty.config = SimpleNamespace()

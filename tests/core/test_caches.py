@@ -54,6 +54,8 @@ class Both:
                         values[b, h, i] = torch.tensor(value_of(name, h, order[b][i]))
                         self.books[b][h][order[b][i]] = 0.0
         self.layer.update(keys, values)
+        assert self.layer.get_seq_length() == first, "during a forward: the columns before it"
+        self.ledger.running = 0
 
     def remember(self):
         """A number per query head and slot: the token's position and the head."""

@@ -57,7 +57,9 @@ holders = st.builds(
 )
 packers = st.builds(Packer, bits=st.lists(st.integers(1, 8), max_size=3).map(tuple))
 compositions = st.tuples(cutters, holders, packers).flatmap(
-    lambda three: st.integers(2, 3).flatmap(lambda n: st.sampled_from([Composition.of(*p[:n]) for p in permutations(three)]))
+    lambda three: st.integers(2, 3).flatmap(
+        lambda n: st.sampled_from([Composition.of(*p[:n]) for p in permutations(three)])
+    )
 )
 
 
@@ -70,7 +72,9 @@ def test_text_and_method_are_the_same_thing(method):
 
 @given(st.tuples(cutters, holders, packers))
 def test_the_order_of_writing_has_no_meaning(methods):
-    texts = {str(a | b | c) for a, b, c in permutations(methods)} | {str(a | (b | c)) for a, b, c in permutations(methods)}
+    texts = {str(a | b | c) for a, b, c in permutations(methods)} | {
+        str(a | (b | c)) for a, b, c in permutations(methods)
+    }
     assert len(texts) == 1
     a, b, c = methods
     assert (a | b | c).parts == methods, "the engine goes through them in the order of the slots"
@@ -91,7 +95,9 @@ def test_only_methods_compose(other):
         Cutter() | other
 
 
-@pytest.mark.parametrize("text", ["Cutter() | 3", "Cutter() + Holder()", "Cutter() |", "Cutter() or Holder()", "| Cutter()"])
+@pytest.mark.parametrize(
+    "text", ["Cutter() | 3", "Cutter() + Holder()", "Cutter() |", "Cutter() or Holder()", "| Cutter()"]
+)
 def test_text_that_is_no_composition(text):
     with pytest.raises(UsageError, match=r"^cannot read "):
         Method.parse(text)

@@ -38,7 +38,9 @@ class Dense:
     def of(cls, query, key, visible, scaling=None, softcap=None):
         B, H, q, D = query.shape
         Hkv, n = key.shape[1:3]
-        logits = query.double() @ key.double().repeat_interleave(H // Hkv, 1).mT * (D**-0.5 if scaling is None else scaling)
+        logits = (
+            query.double() @ key.double().repeat_interleave(H // Hkv, 1).mT * (D**-0.5 if scaling is None else scaling)
+        )
         if softcap is not None:
             logits = softcap * (logits / softcap).tanh()
         seen = seen_by_all(visible, B, Hkv, q, n).repeat_interleave(H // Hkv, 1)
@@ -108,7 +110,12 @@ def chosen_rows(draw, B, q):
     return rows, rows
 
 
-@given(call=calls(), lse=st.sampled_from(["none", "kernel", "dense"]), heads=st.sampled_from(["query", "kv"]), data=st.data())
+@given(
+    call=calls(),
+    lse=st.sampled_from(["none", "kernel", "dense"]),
+    heads=st.sampled_from(["query", "kv"]),
+    data=st.data(),
+)
 def test_every_statistic_of_every_call(call, lse, heads, data):
     query, key, visible, scaling = (call[name] for name in ("query", "key", "visible", "scaling"))
     B, q, Hkv = query.shape[0], query.shape[2], key.shape[1]
@@ -129,14 +136,26 @@ def test_every_statistic_of_every_call(call, lse, heads, data):
     full = torch.ones(1, R) if weight is None else weight.float().view(-1, R)
     wanted = dense.rows(at).statistics(full, Hkv, heads)
     got = attention_statistics(
-        query, key, visible=visible, rows=rows, weight=weight, reduce=REDUCTIONS, heads=heads, lse=given_lse, scaling=scaling
+        query,
+        key,
+        visible=visible,
+        rows=rows,
+        weight=weight,
+        reduce=REDUCTIONS,
+        heads=heads,
+        lse=given_lse,
+        scaling=scaling,
     )
     # the kernel's log-sum-exp of bf16 rows is itself only as good as bf16 products
     coarse = lse == "kernel" and query.dtype == torch.bfloat16
     for name in REDUCTIONS:
         assert got[name].dtype == torch.float32
         torch.testing.assert_close(
-            got[name].double(), wanted[name], rtol=5e-3 if coarse else 1e-4, atol=5e-3 if coarse else 2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            got[name].double(),
+            wanted[name],
+            rtol=5e-3 if coarse else 1e-4,
+            atol=5e-3 if coarse else 2e-5,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
@@ -378,7 +397,9 @@ def test_values_may_be_narrower_or_wider_than_keys():
         for spans, padding in ((None, None), ([(2, 9)], (torch.arange(9) >= 2)[None])):
             visible = Visible.of(9, 9, padding=padding)
             out, lse = attention(query, key, value, visible, spans=spans, want_lse=True)
-            torch.testing.assert_close(out.double(), Dense.of(query, key, visible).p @ value.double(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                out.double(), Dense.of(query, key, visible).p @ value.double(), rtol=1e-4, atol=1e-5
+            )
             assert lse is None  # the kernel with a log-sum-exp takes equal widths only
 
 

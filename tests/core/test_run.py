@@ -338,7 +338,9 @@ def test_entering_twice_is_refused(model):
     with All().on(model) as run:
         inside = snapshot(model)
         for again in (run, Newest().on(model)):
-            with pytest.raises(AlreadyAttached, match=r"^LlamaForCausalLM already runs under All\(\); compose with `\|` instead$"):
+            with pytest.raises(
+                AlreadyAttached, match=r"^LlamaForCausalLM already runs under All\(\); compose with `\|` instead$"
+            ):
                 again.__enter__()
         assert snapshot(model) == inside, "the run that was there goes on"
 
@@ -367,7 +369,9 @@ def test_a_model_that_shares_the_config_is_left_alone(model):
 def test_a_copy_made_inside_says_what_it_is(model):
     with All().on(model):
         twin = copy.deepcopy(model)
-    with pytest.raises(SeqwiseError, match="this model is a copy made while a method was attached; copy it outside of `with`"):
+    with pytest.raises(
+        SeqwiseError, match="this model is a copy made while a method was attached; copy it outside of `with`"
+    ):
         twin(words(5))
 
 
@@ -379,7 +383,9 @@ def test_the_saved_config_says_nothing_of_a_method(model, tmp_path):
 
 @pytest.mark.parametrize("chunk", [0, -1, True, 2.0, "8"])
 def test_a_bad_chunk(model, chunk):
-    with pytest.raises(ValueError, match=rf"^chunk must be a whole number of tokens >= 1, got {re.escape(repr(chunk))}$"):
+    with pytest.raises(
+        ValueError, match=rf"^chunk must be a whole number of tokens >= 1, got {re.escape(repr(chunk))}$"
+    ):
         All().on(model, chunk=chunk)
 
 
@@ -530,7 +536,9 @@ def test_a_padded_batch_is_what_each_prompt_is_alone(name, method):
     model = family.tiny()
     prompts = [family.prompt(n, seed) for seed, n in enumerate((17, 30, 6))]
     with method.on(model) as run:
-        together = model.generate(**family.pad_left(prompts), **GREEDY, output_logits=True, return_dict_in_generate=True)
+        together = model.generate(
+            **family.pad_left(prompts), **GREEDY, output_logits=True, return_dict_in_generate=True
+        )
         kept = run.kept()
     for b, prompt in enumerate(prompts):
         with method.on(model) as run:
@@ -543,9 +551,15 @@ def test_a_padded_batch_is_what_each_prompt_is_alone(name, method):
 @no_grad
 def test_a_padded_batch_in_packed_storage(model):
     """Rounding to codes turns a difference in the last bit into one of a step, so logits are only close."""
-    method, prompts = Heavy(budget=6) | Bytes() | Half(budget=4), [LLAMA.prompt(n, seed) for seed, n in enumerate((17, 30, 6))]
+    method, prompts = (
+        Heavy(budget=6) | Bytes() | Half(budget=4),
+        [LLAMA.prompt(n, seed) for seed, n in enumerate((17, 30, 6))],
+    )
     with method.on(model) as run:
-        together = model(**LLAMA.pad_left(prompts)).logits[:, -1], model(words(3)[0][:, None], cache=run.cache).logits[:, -1]
+        together = (
+            model(**LLAMA.pad_left(prompts)).logits[:, -1],
+            model(words(3)[0][:, None], cache=run.cache).logits[:, -1],
+        )
         kept = run.kept()
     for b, prompt in enumerate(prompts):
         with method.on(model) as run:
@@ -747,7 +761,9 @@ def test_the_callers_own_cache_is_the_one_that_fills(model):
 def test_caches_that_cannot_be_used(model):
     filled = model(words(5)).cache
     with Newest(budget=4).on(model) as run:
-        with pytest.raises(CacheError, match="^this cache was filled without the method; start with an empty one inside"):
+        with pytest.raises(
+            CacheError, match="^this cache was filled without the method; start with an empty one inside"
+        ):
             model(words(2), cache=filled)
         with pytest.raises(CacheError, match="^static caches are not supported; use the default dynamic cache$"):
             model.generate(words(5), cache=StaticCache(model.config, max_cache_len=32), **GREEDY)
@@ -755,10 +771,15 @@ def test_caches_that_cannot_be_used(model):
         mine = run.cache
         with pytest.raises(CacheError, match="^the cache holds 1 samples, the batch has 2$"):
             model(words(3).expand(2, -1), cache=mine)
-    with pytest.raises(CacheError, match=r"^this cache was filled under a method; continue inside `with method\.on\(model\)`$"):
+    with pytest.raises(
+        CacheError, match=r"^this cache was filled under a method; continue inside `with method\.on\(model\)`$"
+    ):
         model(words(1), cache=mine)
-    with Newest(budget=5).on(model), pytest.raises(
-        CacheError, match=r"^this cache was filled under Newest\(budget=4\); continue it under the same method$"
+    with (
+        Newest(budget=5).on(model),
+        pytest.raises(
+            CacheError, match=r"^this cache was filled under Newest\(budget=4\); continue it under the same method$"
+        ),
     ):
         model(words(1), cache=mine)
     with Newest(budget=4).on(model) as run:  # attached again, it goes on
@@ -816,7 +837,9 @@ def test_segments_must_fit_the_prompt(model):
         run.bind(wrong)
         with pytest.raises(PromptError, match=r"^segments must cover the prompt's 9 tokens, got 4$"):
             model(words(9))
-        with pytest.raises(PromptError, match=r"^the prompt's token types are unknown .*; bind them: run\.bind\(segments\)$"):
+        with pytest.raises(
+            PromptError, match=r"^the prompt's token types are unknown .*; bind them: run\.bind\(segments\)$"
+        ):
             model(inputs_embeds=model.get_input_embeddings()(words(9)))
         run.bind(Segments.infer(words(9), None, None))
         model(inputs_embeds=model.get_input_embeddings()(words(9)))
@@ -949,7 +972,9 @@ def test_rows_between_layers_are_attention_under_a_mask(layer):
         kwargs["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
         return args, kwargs
 
-    handles = [x.self_attn.register_forward_pre_hook(masked, with_kwargs=True) for x in model.model.language_model.layers]
+    handles = [
+        x.self_attn.register_forward_pre_hook(masked, with_kwargs=True) for x in model.model.language_model.layers
+    ]
     wanted = model(**batch).logits[0][~dropped]
     for handle in handles:
         handle.remove()
@@ -973,7 +998,16 @@ def saved(model, method, path, batch):
 
 
 @pytest.mark.parametrize(
-    "method", [All(), Heavy(budget=6), Heavy(budget=0.3) | Bytes(), Bytes(), Places(first=3.0), Newest(budget=4) | Half(budget=3)], ids=str
+    "method",
+    [
+        All(),
+        Heavy(budget=6),
+        Heavy(budget=0.3) | Bytes(),
+        Bytes(),
+        Places(first=3.0),
+        Newest(budget=4) | Half(budget=3),
+    ],
+    ids=str,
 )
 @no_grad
 def test_a_saved_context_answers_as_the_live_one(model, method, tmp_path):
@@ -984,13 +1018,17 @@ def test_a_saved_context_answers_as_the_live_one(model, method, tmp_path):
     with method.on(model) as run:
         model(**batch)
         path = run.save(tmp_path / "context.safetensors")
-        wanted = model.generate(ids, attention_mask=mask, cache=run.cache, **GREEDY, output_logits=True, return_dict_in_generate=True)
+        wanted = model.generate(
+            ids, attention_mask=mask, cache=run.cache, **GREEDY, output_logits=True, return_dict_in_generate=True
+        )
     assert path == tmp_path / "context.safetensors"
     for _ in range(2):  # reopened for many questions
         with method.on(model) as run:
             cache = run.load(path)
             assert torch.equal(run.context_ids, batch["input_ids"])
-            got = model.generate(ids, attention_mask=mask, cache=cache, **GREEDY, output_logits=True, return_dict_in_generate=True)
+            got = model.generate(
+                ids, attention_mask=mask, cache=cache, **GREEDY, output_logits=True, return_dict_in_generate=True
+            )
         assert torch.equal(got.sequences, wanted.sequences)
         for x, y in zip(got.logits, wanted.logits, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
@@ -1010,13 +1048,20 @@ def test_a_reopened_context_says_what_it_holds(model, tmp_path):
 def test_a_context_is_refused_on_another_model_or_method(model, tmp_path):
     path = tmp_path / "context.safetensors"
     saved(model, Heavy(budget=6), path, padded(9, 30))
-    with Heavy(budget=7).on(model) as run, pytest.raises(
-        CacheError, match=rf"^{re.escape(str(path))} was saved under Heavy\(budget=6\); open it under the same method$"
+    with (
+        Heavy(budget=7).on(model) as run,
+        pytest.raises(
+            CacheError,
+            match=rf"^{re.escape(str(path))} was saved under Heavy\(budget=6\); open it under the same method$",
+        ),
     ):
         run.load(path)
     other = copy.deepcopy(model)
     other.lm_head.weight.mul_(1.5)
-    with Heavy(budget=6).on(other) as run, pytest.raises(CacheError, match=r"was saved from another model \(\w+, this one is \w+\)$"):
+    with (
+        Heavy(budget=6).on(other) as run,
+        pytest.raises(CacheError, match=r"was saved from another model \(\w+, this one is \w+\)$"),
+    ):
         run.load(path)
 
 
@@ -1124,7 +1169,12 @@ def test_the_report_adds_up(model):
     assert report.to_dict()["kept"] == [8.0] * 4
     text = str(run)
     assert text.splitlines()[0] == "Newest(budget=8)"
-    for part in ("tokens seen        32", "kept per layer     8 to 8", "cache              0.00 MiB allocated, 0.00 MiB live, 0.02 MiB plain", "of the plain model's"):
+    for part in (
+        "tokens seen        32",
+        "kept per layer     8 to 8",
+        "cache              0.00 MiB allocated, 0.00 MiB live, 0.02 MiB plain",
+        "of the plain model's",
+    ):
         assert part in text
 
 

@@ -41,11 +41,11 @@ def test_every_fact_has_one_entry_per_token():
     good = torch.zeros(1, 4, dtype=torch.long)
     names = [spec.name for spec in fields(Segments)]
     for name in names[1:]:
-        values = {other: good for other in names} | {name: good[:, :3]}
+        values = dict.fromkeys(names, good) | {name: good[:, :3]}
         with pytest.raises(PromptError, match=rf"^segments\.{name} must have shape \(1, 4\), got \(1, 3\)$"):
             Segments(**values)
     with pytest.raises(PromptError, match=r"^segments\.type must have shape \(4,\), got \(4,\)$"):
-        Segments(**{name: good[0] for name in names})
+        Segments(**dict.fromkeys(names, good[0]))
 
 
 class Processor:
@@ -67,7 +67,11 @@ class Processor:
 
     def apply_chat_template(self, messages, **options):
         self.asked = messages, options
-        return {"input_ids": torch.tensor([[5, X, X, 6]]), "attention_mask": torch.ones(1, 4), "pixel_values": torch.zeros(1)}
+        return {
+            "input_ids": torch.tensor([[5, X, X, 6]]),
+            "attention_mask": torch.ones(1, 4),
+            "pixel_values": torch.zeros(1),
+        }
 
 
 @pytest.mark.parametrize("attributes", [{}, {"image_token_id": X}])
@@ -78,7 +82,9 @@ def test_prepare_gives_the_batch_and_its_facts(attributes):
     assert set(batch) == {"input_ids", "attention_mask", "pixel_values"}
     assert facts.type.tolist() == [[TEXT, IMAGE, IMAGE, TEXT]]
     asked, options = processor.asked
-    assert asked is messages and options["tokenize"] and options["add_generation_prompt"] and options["do_resize"] is False
+    assert (
+        asked is messages and options["tokenize"] and options["add_generation_prompt"] and options["do_resize"] is False
+    )
 
 
 def test_a_tokenizer_alone_prepares_text():

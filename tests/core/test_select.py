@@ -56,7 +56,9 @@ def test_a_layers_budget():
         layer_budget((1, 2), 0, 3, "X.budget")
 
 
-@given(seed=st.integers(0, 999), n=st.integers(1, 12), k=st.integers(0, 14), prefer=st.sampled_from(["earlier", "later"]))
+@given(
+    seed=st.integers(0, 999), n=st.integers(1, 12), k=st.integers(0, 14), prefer=st.sampled_from(["earlier", "later"])
+)
 def test_top_k_is_the_sorted_list(seed, n, k, prefer):
     s = scores(seed, 2, 3, n, levels=3)
     kept = top_k(s, k, prefer)

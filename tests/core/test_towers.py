@@ -115,7 +115,9 @@ def test_generation_is_the_language_model_on_the_rows_that_stay(method, images):
     model, batch = LLAVA.tiny(), LLAVA.prompt(12, images=images)
     n = batch["input_ids"].shape[1]
     with method.on(model) as run:
-        out = model.generate(**batch, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        out = model.generate(
+            **batch, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
         assert run.acted
         kept = run.kept()[0]
         cached = [len(kept[f"cache {i}"][0]) for i in range(4)]
@@ -243,7 +245,9 @@ def test_a_failure_in_the_tower_leaves_the_run_usable():
 @pytest.mark.parametrize("method", [Pick(), Prune()], ids=str)
 def test_a_tower_with_a_patch_merger_is_refused(method):
     model = FAMILIES["qwen25_vl"].tiny()
-    with pytest.raises(UnsupportedModel, match="its visual features cannot be shortened .*; use a method that acts between"):
+    with pytest.raises(
+        UnsupportedModel, match="its visual features cannot be shortened .*; use a method that acts between"
+    ):
         method.on(model).__enter__()
     assert "_seqwise_run" not in vars(model) and "generate" not in vars(model)
 

@@ -481,7 +481,7 @@ def test_resume_refuses_what_is_no_result(folder, tmp_path, text):
 
 def test_a_real_ctrl_c(folder, tmp_path):
     out = tmp_path / "r.json"
-    options = ["--task", "needle", "--method", "Recent", "--length", "160", "--prompts", "1000", "--out", str(out)]
+    options = ["--task", "needle", "--method", "Recent", "--length", "160", "--prompts", "100", "--out", str(out)]
     command = [sys.executable, "-m", "seqwise.cli", "compare", "--model", folder, *options]
     env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -67,6 +67,7 @@ class SlotLayer(CacheLayerMixin):
         self.live: Tensor | None = None  # (B, 1 or Hkv, n), None while all are live
         self.state: dict[str, Tensor] = {}  # name -> (B, Hkv or H, n)
         self.in_columns = True  # slots are the columns seen so far, in order
+        self.columns = 0  # that went through this layer; the ledger's also count a forward that is under way
         self.tail = 0  # full-precision slots in use
         self.unpacked_rows = 0  # rows appended since the last packing, whatever became of them
         self.dead = 0  # slots per head known to be dead and not yet compacted
@@ -89,8 +90,8 @@ class SlotLayer(CacheLayerMixin):
         return self.read()
 
     def get_seq_length(self) -> int:
-        """Columns seen before the forward that is under way, not slots held: positions go on counting."""
-        return self.ledger.columns - self.ledger.running if self.is_initialized else 0
+        """Columns this layer has seen, not slots held: positions go on counting."""
+        return self.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots + query_length, 0
@@ -130,6 +131,7 @@ class SlotLayer(CacheLayerMixin):
         self.keys = _grown(self.keys, self.tail, k)
         self.values = _grown(self.values, self.tail, v)
         self.tail += q
+        self.columns = self.ledger.columns
         self.unpacked_rows += q
         B = k.shape[0]
         order = rows.order[:, None].expand(B, -1, -1)
@@ -259,6 +261,7 @@ class SlotLayer(CacheLayerMixin):
         self.state = {name: value.index_select(-1, at) for name, value in self.state.items()}
         self.tail = index.shape[0]
         self.unpacked_rows -= rejected
+        self.columns = self.ledger.columns
 
     def select(self, batch: Tensor) -> None:
         """Samples `batch` of the batch axis."""

@@ -485,7 +485,6 @@ class Engine:
         ledger = self.ledger
         if self.plain or ledger is None:
             return
-        ledger.running = 0
         if ledger.phase == "prefill":
             ledger.enter()
             if ledger.expected_columns is not None and ledger.columns >= ledger.expected_columns:

@@ -60,7 +60,6 @@ class Ledger:
     phase: Phase = "prefill"
     step: int = 0  # decode rows so far
     columns: int = 0  # columns the model has seen, padding included
-    running: int = 0  # of these, the columns of the forward that is under way
     length: Tensor | None = None  # (B,) real tokens seen
     rows: list[Rows] = field(default_factory=list)  # of the current forward, per layer
     entered: list[list[int]] = field(default_factory=list)  # real prompt rows that reached each layer, per sample
@@ -107,7 +106,6 @@ class Ledger:
             new = torch.where(live, self.length[:, None] + live.cumsum(-1) - 1, -1)
             self.length = self.length + live.sum(-1)
         self.columns += count
-        self.running = count
         rows = Rows(new, live, spans)
         self.rows = [rows] * self.layers
         if self.phase == "decode":

@@ -201,10 +201,10 @@ class Run:
     def _loop(self, looper: Method) -> Callable[..., Any]:
         def custom(model: Any, input_ids: Tensor, logits_processor: Any = None, stopping_criteria: Any = None,
                    generation_config: Any = None, **kwargs: Any) -> Tensor:  # fmt: skip
-            if input_ids.shape[0] != 1:
-                raise PromptError(f"{looper} decodes one prompt at a time, got a batch of {input_ids.shape[0]}")
             if getattr(generation_config, "num_beams", 1) not in (None, 1):
                 raise PromptError(f"{looper} does not search beams; use num_beams=1")
+            if input_ids.shape[0] != 1:
+                raise PromptError(f"{looper} decodes one prompt at a time, got a batch of {input_ids.shape[0]}")
             return looper.decode(
                 Loop(self, model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
             )
@@ -391,6 +391,7 @@ def _slot_tensors(slot: SlotLayer) -> dict[str, Tensor]:
 def _fill_slot(slot: SlotLayer, spec: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     slot.lazy_initialization(tensors["keys"], tensors["values"])
     slot.keys, slot.values, slot.tail = tensors["keys"], tensors["values"], tensors["keys"].shape[2]
+    slot.columns = slot.ledger.columns
     slot.order, slot.live, slot.in_columns = tensors["order"], tensors.get("live"), spec["in_columns"]
     slot.state = {name.removeprefix("state."): x for name, x in tensors.items() if name.startswith("state.")}
     for i, (bits, sizes) in enumerate(zip(spec["bits"], spec["sizes"], strict=True)):

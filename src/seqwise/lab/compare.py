@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import tempfile
@@ -161,17 +162,25 @@ class Comparison:
         with progress:
             bar = progress.add_task("", total=len(units) * (1 + len(self.methods)))
             progress.advance(bar, (len(units) - len(missing)) * (1 + len(self.methods)))
-            took = 0.0
-            for number, (i, cell) in enumerate(missing):
-                if number and deadline is not None and time.monotonic() + took > deadline:
-                    self.notes.append(
-                        f"--quick stopped after {number} of {len(missing)} rounds, so that it ends within a minute"
-                    )
-                    break
-                start = time.monotonic()
-                self._unit(model, tokenizer, cell, prompts[cell][i], i, len(prompts[cell]), progress, bar)
-                took = max(took, time.monotonic() - start)
+            longest = keeping = 0.0
+            kept_at = -math.inf
+            try:
+                for number, (i, cell) in enumerate(missing):
+                    start = time.monotonic()
+                    if number and deadline is not None and start + longest > deadline:
+                        self.notes.append(
+                            f"--quick stopped after {number} of {len(missing)} rounds, so that it ends within a minute"
+                        )
+                        break
+                    self._unit(model, tokenizer, cell, prompts[cell][i], i, len(prompts[cell]), progress, bar)
+                    done = time.monotonic()
+                    longest = max(longest, done - start)
+                    if done - kept_at > 20 * keeping:  # intervals of many prompts take a while
+                        self._keep(console)
+                        kept_at, keeping = time.monotonic(), time.monotonic() - done
+            except KeyboardInterrupt:
                 self._keep(console)
+                raise
         self.complete = True
         self._keep(console)
 

@@ -54,9 +54,17 @@ def rows_of(
             if method in failures:
                 row = {
                     **base,
-                    **{"n": 0, "metric": metric, "value": None, "low": None, "high": None, "difference": None},
+                    "n": 0,
+                    "metric": metric,
+                    "value": None,
+                    "low": None,
+                    "high": None,
+                    "difference": None,
                     **dict.fromkeys(_COSTS),
-                    **{"acted": False, "status": "failed", "reason": failures[method], "per_prompt": []},
+                    "acted": False,
+                    "status": "failed",
+                    "reason": failures[method],
+                    "per_prompt": [],
                 }
             else:
                 measured = found[method]
@@ -67,7 +75,9 @@ def rows_of(
                     **base,
                     **_quality(metric, measured, plain, method),
                     **_cost(measured, plain),
-                    **{"status": "ok", "reason": None, "per_prompt": each},
+                    "status": "ok",
+                    "reason": None,
+                    "per_prompt": each,
                 }
             rows.append(row)
     return rows

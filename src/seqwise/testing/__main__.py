@@ -1,4 +1,4 @@
-"""`python -m seqwise.testing`: runs the whole contract, records it in lab/results/contract.json, fails if anything does."""
+"""`python -m seqwise.testing`: runs the whole contract and records it in lab/results/contract.json."""
 
 from seqwise.testing.contract import record
 

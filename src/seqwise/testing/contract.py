@@ -768,24 +768,22 @@ def record(path: Path | None = None, items: tuple[int, ...] | None = None) -> di
 
 
 def _entry(method: Method, items: tuple[int, ...] | None) -> dict[str, Any]:
-    def tried(run: Callable[[], Any]) -> Any:
-        try:
-            return run()
-        except (AssertionError, SeqwiseError) as error:
-            return f"failed: {error}"
-
     family = home(method)
-    passed = tried(lambda: [int(name.split()[0]) for name in check(method, family, items)])
-    elsewhere = [other for other in FAMILIES.values() if other.name != family.name]
-    return {
-        "method": str(method),
-        "family": family.name,
-        "passed": isinstance(passed, list),
-        "items": passed if isinstance(passed, list) else [],
-        **({} if isinstance(passed, list) else {"failed": passed}),
-        "refused": refusals(method, family) if isinstance(passed, list) and 5 in passed else {},
-        "matrix": {other.name: tried(lambda other=other: cell(method, other, items)) for other in elsewhere},
-    }
+    entry: dict[str, Any] = {"method": str(method), "family": family.name, "passed": True, "items": [], "refused": {}}
+    try:
+        entry["items"] = [int(name.split()[0]) for name in check(method, family, items)]
+        if 5 in entry["items"]:
+            entry["refused"] = refusals(method, family)
+    except (AssertionError, SeqwiseError) as error:
+        entry |= {"passed": False, "failed": f"failed: {error}"}
+    entry["matrix"] = {}
+    for other in FAMILIES.values():
+        if other.name != family.name:
+            try:
+                entry["matrix"][other.name] = cell(method, other, items)
+            except (AssertionError, SeqwiseError) as error:
+                entry["matrix"][other.name] = f"failed: {error}"
+    return entry
 
 
 def _key(method: Method) -> str:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqwise.core.errors import PromptError
+from seqwise.core.select import descending
 from seqwise.methods.cache.lazy_eviction import LazyEviction, due, group_attention, mri_score, select, track
 from seqwise.testing.families import FAMILIES
 
@@ -190,11 +191,9 @@ def simulate(q, k, prompt, alpha, budget, window, first_term=False):
             if len(slots[h]) > budget and t % window == 0:
                 old, new = slots[h][:-window], slots[h][-window:]
 
-                def value(n, old=old, t=t):
-                    first, second = reference_score(t, old[n]["last"], old[n]["mri"])
-                    return float(f"{first if first_term else first + second:.5g}")  # 1e-5 alone splits no tie
-
-                rank = sorted(range(len(old)), key=lambda n: (-value(n), -n))
+                state = (torch.tensor([slot[name] for slot in old]) for name in ("last", "mri"))
+                value = mri_score(t, *state, "first_term" if first_term else "code")  # checked above by itself
+                rank = descending(value, "later").tolist()  # states whose terms sum to the same are ties
                 slots[h] = [old[n] for n in sorted(rank[: budget - window])] + new
         history.append([[slot["token"] for slot in head] for head in slots])
     return history

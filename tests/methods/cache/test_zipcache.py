@@ -5,8 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seqwise.core.method import seeded as drawn
 from seqwise.core.packed import Packed
+from seqwise.methods.cache.a2sf import A2SF
 from seqwise.methods.cache.zipcache import (
+    ZipCache,
     channel_scale,
     dequantize,
     probe_rows,
@@ -15,6 +18,7 @@ from seqwise.methods.cache.zipcache import (
     saliency,
     split,
 )
+from seqwise.testing.families import FAMILIES
 
 
 def seeded(seed):
@@ -312,3 +316,163 @@ def test_codes_and_parameters_fit_the_packed_store_at_a_fifth_of_half_precision(
         stored += keys.nbytes + values.nbytes
     # 3.2 bits on average, and 8 bytes per row of 64 values
     assert 4.0 < 2 * x.numel() * 2 / stored < 5.0
+
+
+# the attached class
+
+
+def stored(run, layer=0):
+    """What the cache of a layer holds by original position: keys and values (B, Hkv, L, D), and the bits of each."""
+    slot = run.cache.layers[layer]
+    keys, values = slot.read()
+    bits = torch.cat(
+        [torch.full((chunk.count,), chunk.keys.bits) for chunk in slot.chunks] + [torch.full((slot.tail,), 32)]
+    )
+    order = slot.order.expand(keys.shape[:3])
+    assert slot.live is None or bool(slot.live.all())
+    place = order.argsort(-1)
+    assert order.gather(-1, place).tolist() == torch.arange(order.shape[-1]).expand_as(order).tolist()
+    return pick(keys, place), pick(values, place), bits.expand_as(order).gather(-1, place)
+
+
+@pytest.mark.parametrize("denominator", ["probe", "all"])
+@pytest.mark.parametrize("bits", [(4, 2), (8, 1)])
+def test_stores_what_the_formulas_give(tools, denominator, bits):
+    L, Hkv, seed = 61, 2, 5
+    model = tools.build()
+    ids = torch.arange(L)
+    q, k, v = tools.first_layer(model, ids)
+    rows = probe_rows(L, drawn(seed, 0, L, torch.device("cpu")))
+    attention = (q @ k.repeat_interleave(2, 0).mT / q.shape[-1] ** 0.5).masked_fill(
+        torch.ones(L, L, dtype=torch.bool).triu(1), float("-inf")
+    )
+    received = attention.softmax(-1)[:, rows].unflatten(0, (Hkv, -1)).sum((1, 2))[None]
+    score = saliency(received, rows, denominator=denominator)
+    keys, values = compress(k[None], v[None], score, bits=bits)
+    run, logits = next(tools.by_steps(model, ids[None], L, ZipCache(bits=bits, denominator=denominator, seed=seed)))
+    found = stored(run)
+    torch.testing.assert_close(found[0], keys, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1], values, atol=1e-5, rtol=1e-5)
+    (unsalient, _), _ = split(score)
+    assert torch.equal(found[2] == bits[1], torch.zeros(1, Hkv, L, dtype=torch.bool).scatter(-1, unsalient, True))
+    with torch.no_grad():  # the prompt's own output comes from full precision
+        torch.testing.assert_close(logits, model(ids[None]).logits[:, -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("probe", ["last", "sampled"])
+def test_new_tokens_stay_in_full_precision_until_a_gap_is_full(tools, probe):
+    model = tools.build()
+    ids = torch.arange(60)[None]
+    gap = 7
+    for step, (run, _) in enumerate(tools.by_steps(model, ids, 30, ZipCache(gap=gap, probe=probe))):
+        slot = run.cache.layers[0]
+        assert (slot.packed, slot.tail) == (30 + step // gap * gap, step % gap)
+        assert len(slot.chunks) == 2 * (1 + step // gap)  # each gap brings parameters of its own
+        bits = stored(run)[2]
+        for block in range(step // gap):
+            counts = (bits[..., 30 + block * gap : 30 + (block + 1) * gap] == 2).sum(-1)
+            assert (counts == int(0.4 * gap)).all()
+    assert run.kept(layer=0) == [[list(range(60))] * 2]  # nothing is evicted
+
+
+def test_packed_chunks_are_not_packed_again(tools):
+    model = tools.build()
+    codes = None
+    for run, _ in tools.by_steps(model, torch.arange(60)[None], 30, ZipCache(gap=5)):
+        chunk = run.cache.layers[0].chunks[0]
+        assert codes is None or torch.equal(chunk.keys.codes, codes)
+        codes = chunk.keys.codes
+
+
+def gap_scores(q, k, slots, rows):
+    """Attention of rows over the slots held, summed over each group: (Hkv, slots)."""
+    g = q.shape[0] // k.shape[0]
+    total = torch.zeros(k.shape[0], slots)
+    for row in rows:
+        a = (q[:, row, None] @ k[:, : row + 1].repeat_interleave(g, 0).mT / q.shape[-1] ** 0.5).softmax(-1)[:, 0]
+        total[:, : row + 1] += a.unflatten(0, (-1, g)).sum(1)
+    return total
+
+
+@pytest.mark.parametrize("probe", ["last", "sampled"])
+def test_the_tokens_of_a_gap_are_split_by_their_probes(tools, probe):
+    """8 bits for all, so that what is stored does not disturb the attention: only who is called unsalient matters."""
+    L, gap, seed = 30, 20, 3
+    model = tools.build()
+    ids = torch.arange(L + gap)
+    q, k, _ = tools.first_layer(model, ids)
+    method = ZipCache(bits=(8, 8), gap=gap, probe=probe, seed=seed)
+    for run, _ in tools.by_steps(model, ids[None], L, method):
+        pass
+    if probe == "last":
+        score = gap_scores(q, k, L + gap, [L + gap - 1])[:, L:]
+    else:
+        rows = probe_rows(gap, drawn(seed, 0, 0, torch.device("cpu")))
+        seen_by = (rows >= torch.arange(gap)[:, None]).sum(-1)
+        score = gap_scores(q, k, L + gap, (rows + L).tolist())[:, L:] / seen_by
+    unsalient = score.argsort(-1)[:, : int(0.4 * gap)]
+    chunk = run.cache.layers[0]
+    order = chunk.order[0, :, L : L + int(0.4 * gap)] - L
+    assert order.tolist() == unsalient.tolist()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ZipCache(gap=5),
+        ZipCache(gap=5, probe="sampled", denominator="all"),
+        ZipCache(bits=(4, 1), ratio=0.6),
+        A2SF(budget=12, recent=4) | ZipCache(gap=5),
+    ],
+    ids=str,
+)
+def test_left_padding_changes_nothing_in_the_model(tools, method):
+    tools.assert_padded_equals_alone(method)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 19])
+def test_short_prompts_have_no_random_probes_and_maybe_no_unsalient_tokens(tools, llama, n):
+    logits, run = tools.generate(llama, FAMILIES["llama"].prompt(n), ZipCache(gap=4), new=9)
+    assert logits.isfinite().all() and run.kept(layer=0) == [[list(range(n + 8))] * 2]
+
+
+@pytest.mark.parametrize("ratio, sets", [(0.0, [4]), (1.0, [2]), (0.4, [2, 4])])
+def test_a_ratio_at_its_ends_leaves_one_set(tools, llama, ratio, sets):
+    run = tools.generate(llama, FAMILIES["llama"].prompt(30), ZipCache(ratio=ratio), new=2)[1]
+    assert [chunk.keys.bits for chunk in run.cache.layers[0].chunks] == sets
+
+
+def test_eight_bits_are_close_and_fewer_are_further(tools, llama):
+    batch = FAMILIES["llama"].prompt(60)
+    plain, _ = tools.generate(llama, batch, new=2)
+    errors = [
+        (tools.generate(llama, batch, ZipCache(bits=bits), new=2)[0][1] - plain[1]).abs().mean().item()
+        for bits in ((8, 8), (4, 4), (4, 2), (1, 1))
+    ]
+    assert errors == sorted(errors) and errors[0] < errors[3] / 10
+
+
+def test_bytes_are_those_in_storage(tools):
+    """Codes of 3.2 bits on average, minimum and step per channel (keys) and row (values), one scale per channel."""
+    L, Hkv, D = 200, 2, 8
+    run, _ = next(tools.by_steps(tools.build(), torch.arange(L)[None] % 97, L, ZipCache()))
+    low, high = 80, 120
+    codes = 2 * Hkv * D * (low * 2 + high * 4) // 8
+    parameters = 4 * (2 * 2 * Hkv * D + 2 * L + Hkv * D)
+    report = run.report()
+    assert report.cache_bytes == codes + parameters
+    assert report.plain_bytes == L * Hkv * D * 2 * 4
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ZipCache(bits=(4, 3)), r"ZipCache.bits must each be one of \(1, 2, 4, 8\), got \(4, 3\)"),
+        (lambda: ZipCache(ratio=1.5), r"ZipCache.ratio must be .*got 1.5"),
+        (lambda: ZipCache(gap=0), r"ZipCache.gap must be .*got 0"),
+        (lambda: ZipCache(probe="all"), r"ZipCache.probe must be .*'all'"),
+    ],
+)
+def test_bad_hyperparameters_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from seqwise.core.anatomy import Anatomy
@@ -261,12 +262,23 @@ def test_the_tower_drops_what_it_drops_by_hand(llava, T):
         torch.testing.assert_close(rows[i, columns], features, atol=1e-5, rtol=1e-4)
 
 
-def test_a_tower_without_cls_is_cut_by_its_mean_query():
-    family = FAMILIES["llava_onevision"]
-    model, prompt = family.tiny(), family.prompt(9)
-    _, run = logits(model, prompt, FlowCut(budget=9))
-    for i, kept in enumerate(run.tower_kept):
-        assert kept == tower_by_hand(model, prompt["pixel_values"][0, i : i + 1], 4)[0]
+def test_a_tower_without_cls_is_cut_by_its_mean_query(llava):
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(**tower, image_size=16, patch_size=4),
+        text_config=llava.config.text_config,
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = LlavaForConditionalGeneration(config).eval()
+    prompt = FAMILIES["llava"].prompt(9, images=2)
+    for T in (4, 11):
+        _, run = logits(model, prompt, FlowCut(budget=T))
+        for i, kept in enumerate(run.tower_kept):
+            assert kept == tower_by_hand(model, prompt["pixel_values"][i : i + 1], T)[0] and len(kept) == T
 
 
 @pytest.mark.parametrize("budget", [1.0, 16, 400])
@@ -315,7 +327,10 @@ def test_several_feature_layers_and_cls_features_are_refused():
     for name, value in (("vision_feature_layer", [-2, -1]), ("vision_feature_select_strategy", "full")):
         model = FAMILIES["llava"].tiny()
         setattr(model.config, name, value)
-        with pytest.raises(UnsupportedModel, match="several feature layers, CLS among the features"), FlowCut().on(model):
+        with (
+            pytest.raises(UnsupportedModel, match="several feature layers, CLS among the features"),
+            FlowCut().on(model),
+        ):
             pass
 
 
@@ -375,7 +390,7 @@ def test_tiles_are_cut_to_half_in_the_tower_and_the_image_to_the_target_behind_l
     with torch.no_grad(), FlowCut(budget=budget).on(tiled) as run:
         ours: list[torch.Tensor] = []
         first = tiled.model.language_model.layers[0]
-        entered = recorded({">in": first}, lambda: ours.append(tiled(**prompt).logits))[">in"]
+        entered = recorded({">in": first}, lambda: ours.append(step(tiled, prompt)))[">in"]
     halves = [max(1, t // 2) for t, n in zip(T, tiles, strict=True) for _ in range(n)]
     assert [len(kept) for kept in run.tower_kept] == [min(16, half) for half in halves]
 
@@ -387,7 +402,21 @@ def test_tiles_are_cut_to_half_in_the_tower_and_the_image_to_the_target_behind_l
     at = image[rows]
     for i, count in enumerate(T):
         assert int((at == i).sum()) == min(count, int((image == i).sum()))
-    torch.testing.assert_close(ours[0], wanted, atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(ours[0], wanted[:, -1], atol=5e-5, rtol=1e-4)
+
+
+def step(model, batch) -> torch.Tensor:
+    """Logits (B, V) of the first new token, by `generate`."""
+    options = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(**batch, **options).logits[0]
+
+
+@pytest.mark.xfail(strict=True, reason="these models' forward passes image_sizes positionally: tiles are not counted")
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_a_plain_forward_halves_the_target_of_a_tile_too(name):
+    family = FAMILIES[name]
+    _, run = logits(family.tiny(), family.prompt(9), FlowCut(budget=9))
+    assert [len(kept) for kept in run.tower_kept] == [4, 4, 4]
 
 
 def test_layers_before_the_decoder_cut_keep_the_whole_cache_and_new_tokens_follow_each_layers_own_rows(tiled):

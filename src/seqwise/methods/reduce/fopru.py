@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from seqwise.core.errors import UsageError
 from seqwise.core.method import Method, param
 from seqwise.core.select import top_k
 from seqwise.core.towers import Tower
@@ -74,4 +75,6 @@ class FoPru(Method):
         s = significance(tower.received(rows=self.rows), tower.specials)
         if self.strategy == "rank":
             return rank_strategy(s, self.budget)
+        if tower.patches < tower.grid[0] * tower.grid[1]:
+            raise UsageError("FoPru(strategy='row') needs whole rows, but the tower was pruned; use strategy='rank'")
         return row_strategy(s, self.budget, tower.grid)
