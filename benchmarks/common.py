@@ -41,6 +41,7 @@ def medians(cases: Mapping[str, Case], rounds: int, seconds: float = 60.0) -> di
 
 def peak_bytes(case: Case) -> int:
     """The most memory that torch held at once for the case, its result included, beyond what was there before."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would announce itself on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = case()
     del result

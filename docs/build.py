@@ -72,7 +72,7 @@ def wing_of(paper: Paper) -> str:
 
 
 def contract_facts() -> dict[str, Any]:
-    """What the table method x family shows: passes and refusals on record, the families, and which names have a page."""
+    """What the table method x family shows; slugs are the names that have a page."""
     passes = catalogue.contract_passes()
     families = dict.fromkeys(family for entry in passes.values() for family in entry.get("matrix", {}))
     refused = {name: entry["refused"] for name, entry in passes.items() if entry.get("refused")}

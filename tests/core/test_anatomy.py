@@ -98,18 +98,18 @@ def test_an_encoder_decoder_is_refused():
     from transformers import T5Config, T5ForConditionalGeneration
 
     model = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
-    with pytest.raises(UnsupportedModel, match="is an encoder-decoder; seqwise needs a decoder-only model"):
+    with pytest.raises(UnsupportedModel, match=r"is an encoder-decoder; seqwise needs a decoder-only model"):
         Anatomy.of(model)
 
 
 def test_what_is_no_model_is_refused():
     with pytest.raises(
-        UnsupportedModel, match="^Linear is not a transformers model; load it with AutoModelForCausalLM$"
+        UnsupportedModel, match=r"^Linear is not a transformers model; load it with AutoModelForCausalLM$"
     ):
         Anatomy.of(nn.Linear(2, 2))
     empty = nn.Linear(2, 2)
     empty.config = SimpleNamespace()
-    with pytest.raises(UnsupportedModel, match="^Linear has no list of decoder layers that seqwise knows$"):
+    with pytest.raises(UnsupportedModel, match=r"^Linear has no list of decoder layers that seqwise knows$"):
         Anatomy.of(empty)
 
 
@@ -121,18 +121,18 @@ def test_compiled_models_are_refused():
 def test_softmax_sinks_and_layers_without_attention_are_refused():
     model = FAMILIES["llama"].tiny()
     model.model.layers[1].self_attn.sinks = nn.Parameter(torch.zeros(4))
-    with pytest.raises(UnsupportedModel, match="has softmax sinks in its attention, which are not supported$"):
+    with pytest.raises(UnsupportedModel, match=r"has softmax sinks in its attention, which are not supported$"):
         Anatomy.of(model)
     model = FAMILIES["llama"].tiny()
     model.model.layers[1].self_attn = nn.Identity()
-    with pytest.raises(UnsupportedModel, match="has no attention module in decoder layer 1; hybrid models"):
+    with pytest.raises(UnsupportedModel, match=r"has no attention module in decoder layer 1; hybrid models"):
         Anatomy.of(model)
 
 
 def test_layers_that_share_keys_are_refused():
     model = FAMILIES["llama"].tiny()
     model.config.num_kv_shared_layers = 1
-    with pytest.raises(UnsupportedModel, match="shares keys and values between layers"):
+    with pytest.raises(UnsupportedModel, match=r"shares keys and values between layers"):
         Anatomy.of(model)
 
 

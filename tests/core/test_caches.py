@@ -53,9 +53,8 @@ class Both:
                         keys[b, h, i] = torch.tensor(key_of(name, h, order[b][i]))
                         values[b, h, i] = torch.tensor(value_of(name, h, order[b][i]))
                         self.books[b][h][order[b][i]] = 0.0
+        assert self.layer.get_seq_length() == first, "the model asks for its positions when the ledger has counted on"
         self.layer.update(keys, values)
-        assert self.layer.get_seq_length() == first, "during a forward: the columns before it"
-        self.ledger.running = 0
 
     def remember(self):
         """A number per query head and slot: the token's position and the head."""
@@ -241,6 +240,21 @@ def test_the_layer_tells_transformers_columns_and_slots():
     assert both.layer.read()[0][0, 0, 0].tolist() == key_of(0, 0, 0), "swapped, doubled, and the last of four taken"
     both.layer.reset()
     assert both.layer.get_seq_length() == 0 and both.layer.kept() == []
+
+
+@pytest.mark.parametrize("pads", [(0, 0), (3, 0)])
+def test_what_no_later_row_can_see_through_a_window_is_forgotten(pads):
+    both = Both(pads)
+    both.append(9)
+    both.layer.forget_outside(5)
+    assert both.layer.kept() == [[list(range(n - 4, n))] * HKV for n in (9 - pads[0], 9)]
+    both.append(1)
+    both.layer.forget_outside(11)
+    assert [len(sample[0]) for sample in both.layer.kept()] == [5, 5], "there is room"
+    short = Both((6, 0))
+    short.append(9)
+    short.layer.forget_outside(5)
+    assert short.layer.kept() == [[[0, 1, 2]] * HKV, [[5, 6, 7, 8]] * HKV]
 
 
 def test_a_detached_layer_takes_nothing_more():

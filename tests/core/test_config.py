@@ -50,6 +50,7 @@ class Big(Dial):
     low: int = param(7, ge=5)
 
 
+RANGE = "must be a whole number of tokens >= 1 or a share in (0.0, 1.0]"
 REFUSED: list[tuple[type[Gadget], dict[str, Any], str]] = [
     (Dial, {"share": 0}, "Dial.share must be in (0, 1], got 0 (share of the dial)"),
     (Dial, {"share": 1.5}, "Dial.share must be in (0, 1], got 1.5 (share of the dial)"),
@@ -71,10 +72,11 @@ REFUSED: list[tuple[type[Gadget], dict[str, Any], str]] = [
     (Big, {"low": 4}, "Big.low must be >= 5, got 4"),
     (Free, {"whole": 5}, "Free.whole must be in [1, 4], got 5"),
     *(
-        (Dial, {"budget": bad}, f"Dial.budget must be a whole number of tokens >= 1 or a share in (0.0, 1.0], got {shown} "
-         "(what the dial keeps)")
-        for bad, shown in [(0, "0"), (-3, "-3"), (0.0, "0.0"), (1.5, "1.5"), (True, "True"), (None, "None"), ("8", "'8'"),
-                           ((), "()"), ((0.5, 0), "0"), (float("nan"), "nan"), (float("inf"), "inf"), ([1], "[1]")]
+        (Dial, {"budget": bad}, f"Dial.budget {RANGE}, got {shown} (what the dial keeps)")
+        for bad, shown in [
+            (0, "0"), (-3, "-3"), (0.0, "0.0"), (1.5, "1.5"), (True, "True"), (None, "None"), ("8", "'8'"), ((), "()"),
+            ((0.5, 0), "0"), (float("nan"), "nan"), (float("inf"), "inf"), ([1], "[1]"),
+        ]
     ),
 ]  # fmt: skip
 

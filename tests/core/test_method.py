@@ -85,7 +85,7 @@ def test_two_claims_to_one_slot_are_refused_by_name():
     with pytest.raises(SlotConflict, match=f"^{re.escape(message)}$") as refusal:
         Holder() | Everything()
     assert isinstance(refusal.value, SeqwiseError) and isinstance(refusal.value, ValueError)
-    with pytest.raises(SlotConflict, match="both claim the slot 'layer.rows'"):
+    with pytest.raises(SlotConflict, match=r"both claim the slot 'layer.rows'"):
         Method.parse("Cutter(budget=3) | Packer() | Cutter(budget=4)")
 
 
@@ -106,7 +106,7 @@ def test_text_that_is_no_composition(text):
 def test_an_unknown_method_is_answered_with_the_known_ones():
     with pytest.raises(UsageError, match=r"^unknown method 'Nope'; known: .*\bCutter, .*\bHolder\b"):
         Method.parse("Nope() | Cutter()")
-    with pytest.raises(UsageError, match="unknown method 'Composition'"):
+    with pytest.raises(UsageError, match=r"unknown method 'Composition'"):
         Method.parse("Composition()")
 
 
@@ -134,8 +134,8 @@ def test_a_misspelt_slot_is_refused_when_the_class_is_made():
 
 def test_slots_are_the_documented_ones():
     assert SLOTS == (
-        "prompt", "tower.rows", "input.rows", "layer.rows", "hidden", "attention.probs", "attention.kernel", "positions",
-        "mask", "cache.retain", "cache.store", "cache.read", "decode.loop",
+        "prompt", "tower.rows", "input.rows", "layer.rows", "hidden", "attention.probs", "attention.kernel",
+        "positions", "mask", "cache.retain", "cache.store", "cache.read", "decode.loop",
     )  # fmt: skip
 
 

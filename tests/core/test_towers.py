@@ -1,4 +1,4 @@
-"""Shortened images against the same model run by hand: its tower layer by layer, its language model on gathered rows."""
+"""Shortened images against the model run by hand: the tower layer by layer, the language model on gathered rows."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_a_failure_in_the_tower_leaves_the_run_usable():
 def test_a_tower_with_a_patch_merger_is_refused(method):
     model = FAMILIES["qwen25_vl"].tiny()
     with pytest.raises(
-        UnsupportedModel, match="its visual features cannot be shortened .*; use a method that acts between"
+        UnsupportedModel, match=r"its visual features cannot be shortened .*; use a method that acts between"
     ):
         method.on(model).__enter__()
     assert "_seqwise_run" not in vars(model) and "generate" not in vars(model)

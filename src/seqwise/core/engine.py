@@ -37,9 +37,9 @@ _SITES: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.We
 
 _REWRITE_ROWS = 128
 _SERVED = {
-    "tower.rows", "input.rows", "layer.rows", "attention.probs", "positions", "cache.retain", "cache.store", "cache.read",
-    "decode.loop",
-}  # fmt: skip
+    *("tower.rows", "input.rows", "layer.rows", "attention.probs", "positions"),
+    *("cache.retain", "cache.store", "cache.read", "decode.loop"),
+}
 
 
 def attend(
@@ -282,8 +282,8 @@ class Engine:
         source = embeds if embeds is not None else ids
         if source is None:
             return None
-        if ids is not None:
-            self.input_ids = ids
+        if ids is not None or self.anatomy.vision is None:
+            self.input_ids = ids  # a vision-language model's own ids were noted by `_before_outer`
         B, q = source.shape[:2]
         if q == 0 or B == 0:
             raise PromptError("the prompt is empty; give at least one token")

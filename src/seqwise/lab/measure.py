@@ -142,11 +142,10 @@ class _Driver:
 
     def forward(self, ids: Tensor) -> Tensor:
         """Further rows (1, q); logits of the last one (1, 1, V)."""
-        start, self.seen = self.seen, self.seen + ids.shape[1]
+        self.seen += ids.shape[1]
         out = self.model(
             input_ids=ids,
             attention_mask=ids.new_ones(1, self.seen),
-            position_ids=torch.arange(start, self.seen, device=ids.device)[None],
             cache=self.cache,
             use_cache=True,
             logits_to_keep=1,

@@ -83,6 +83,30 @@ def test_training_lowers_the_loss_reaches_the_cls_token_and_is_reproducible():
     assert all(again[key].equal(other[key]) for key in again)
 
 
+def test_trained_weights_are_kept_and_read_back(monkeypatch, tmp_path):
+    monkeypatch.setenv("SEQWISE_CACHE", str(tmp_path / "new"))
+    whole, steps = glyphs.train, []
+    monkeypatch.setattr(glyphs, "train", lambda seed, progress: whole(seed, progress, steps=2))
+    first = glyphs.trained(3, progress=lambda step, loss: steps.append(step))
+    assert steps == [1, 2]
+    (kept,) = (tmp_path / "new").iterdir()
+    assert kept.name.startswith("glyphs-") and kept.name.endswith("-3.safetensors")
+    monkeypatch.setattr(glyphs, "train", None)
+    again = glyphs.trained(3, progress=lambda step, loss: steps.append(step))
+    assert steps == [1, 2] and not again.training
+    weights, read = first.state_dict(), again.state_dict()
+    assert weights.keys() == read.keys() and all(weights[name].equal(read[name]) for name in weights)
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning_only(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SEQWISE_CACHE", str(tmp_path / "file"))
+    model = glyphs.build(0)
+    monkeypatch.setattr(glyphs, "train", lambda seed, progress: model)
+    assert glyphs.trained(0) is model
+    assert "cannot keep the trained model in" in capsys.readouterr().err
+
+
 def test_accuracy_counts_the_last_position():
     model, drawn = glyphs.build(0), glyphs.batch(8, seed=2)
     with torch.no_grad():

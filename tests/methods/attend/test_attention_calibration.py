@@ -5,7 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import seqwise.methods.attend.attention_calibration as module
+from seqwise.core.errors import UnsupportedModel, UsageError
+from seqwise.core.method import Method
 from seqwise.methods.attend.attention_calibration import (
+    AttentionCalibration,
     accepted_heads,
     calibrate,
     calibrate_map,
@@ -15,6 +19,7 @@ from seqwise.methods.attend.attention_calibration import (
     sink_set,
     threshold,
 )
+from seqwise.testing.families import FAMILIES
 
 
 def causal_map(n, seed=0, heads=2, sinks=((0, 4.0), (5, 3.0))):
@@ -192,3 +197,227 @@ def test_layers_and_heads():
     accuracy = torch.tensor([[0.5, 0.6, math.nan], [0.61, 0.4, 0.7]])
     assert accepted_heads(accuracy, 0.5) == ((0, 1), (1, 0), (1, 2))
     assert accepted_heads(accuracy, 0.5, margin=0.15) == ((1, 2),)
+
+
+# the method on a model
+
+
+class Dense:
+    """Eager attention of a Llama or Mistral, its whole maps calibrated: the plain reference of the attached method."""
+
+    def __init__(self, heads, beta=0.4, rule="absolute:0.1", window=None):
+        self.heads, self.beta, self.rule, self.window = heads, beta, rule, window
+        self.S = {}  # layer -> S of the prompt
+
+    def __call__(self, module_, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        g = query.shape[1] // key.shape[1]
+        k, v = key.repeat_interleave(g, 1), value.repeat_interleave(g, 1)
+        mask = attention_mask[:, :, :, : k.shape[2]]
+        A = (query @ k.mT * scaling + mask).softmax(-1, dtype=torch.float32)  # (B, H, q, n)
+        live = (mask[:, :, -1] > -1) if self.window is None else torch.ones_like(mask[:, :, -1], dtype=torch.bool)
+        at = [head for layer, head in self.heads if layer == module_.layer_idx]
+        if at and query.shape[2] > 1:
+            tau = threshold(self.rule, live.sum(-1, keepdim=True))
+            self.S[module_.layer_idx] = sink_set(column_mean(A[:, at], live, self.window), tau, live)
+            A[:, at] = calibrate_map(A[:, at], self.beta, self.rule, live, self.window)
+        elif at:
+            S = torch.nn.functional.pad(
+                self.S[module_.layer_idx], (0, live.shape[-1] - self.S[module_.layer_idx].shape[-1])
+            )
+            A[:, at] = calibrate(A[:, at], S, self.beta, live)
+        return (A.to(v.dtype) @ v).transpose(1, 2).contiguous(), A
+
+
+OPTIONS = {"max_new_tokens": 5, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+HEADS = ((1, 0), (2, 1), (2, 3), (3, 2))  # of four query heads that share two KV heads
+
+
+def padded(family, lengths=(33, 20)):
+    return family.pad_left([family.prompt(n, seed=n) for n in lengths])
+
+
+@pytest.mark.parametrize("rule", ["absolute:0.1", "relative:2"])
+@pytest.mark.parametrize("padding", [False, True])
+def test_prompt_and_steps_equal_dense_maps(monkeypatch, rule, padding):
+    import transformers.models.llama.modeling_llama as llama
+
+    family = FAMILIES["llama"]
+    model, batch = family.tiny(), padded(family) if padding else family.prompt(33)
+    dense = Dense(HEADS, rule=rule)
+    plain = model.generate(**batch, **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "eager_attention_forward", dense)
+        model.set_attn_implementation("eager")
+        expected = model.generate(**batch, **OPTIONS)
+    model.set_attn_implementation("sdpa")
+    assert all(S.any() for S in dense.S.values()) and len(dense.S) == 3
+    with AttentionCalibration(heads=HEADS, threshold=rule).on(model):
+        found = model.generate(**batch, **OPTIONS)
+    assert (found.scores[0] - plain.scores[0]).abs().max() > 0.01
+    assert found.sequences.equal(expected.sequences)
+    for ours, theirs in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, **family.tolerance)
+
+
+def test_sliding_windows_count_the_queries_that_see_a_key(monkeypatch):
+    import transformers.models.mistral.modeling_mistral as mistral
+
+    family = FAMILIES["mistral"]
+    model, batch = family.tiny(), family.prompt(33)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(mistral, "eager_attention_forward", Dense(HEADS, window=12))
+        model.set_attn_implementation("eager")
+        expected = model(**batch, use_cache=False).logits
+    model.set_attn_implementation("sdpa")
+    with AttentionCalibration(heads=HEADS).on(model), torch.no_grad():
+        torch.testing.assert_close(model(**batch, use_cache=False).logits, expected, **family.tolerance)
+
+
+def test_settings_that_change_nothing():
+    family = FAMILIES["llama"]
+    model, batch = family.tiny(), padded(family)
+    plain = model.generate(**batch, **OPTIONS)
+    for method in (AttentionCalibration().identity(), AttentionCalibration(threshold="absolute:1"),
+                   AttentionCalibration(heads=())):  # fmt: skip
+        with method.on(model):
+            found = model.generate(**batch, **OPTIONS)
+        assert found.sequences.equal(plain.sequences)
+        for ours, theirs in zip(found.scores, plain.scores, strict=True):
+            torch.testing.assert_close(ours, theirs, **family.tolerance)
+
+
+def test_padded_prompts_equal_each_alone():
+    family = FAMILIES["llama"]
+    model, lengths = family.tiny(), (33, 20, 5)
+    with AttentionCalibration(heads=HEADS, threshold="relative:2").on(model):
+        together = model.generate(**padded(family, lengths), **OPTIONS)
+        for b, n in enumerate(lengths):
+            alone = model.generate(**family.prompt(n, seed=n), **OPTIONS)
+            for ours, theirs in zip(together.scores, alone.scores, strict=True):
+                torch.testing.assert_close(ours[b], theirs[0], **family.tolerance)
+
+
+def test_sinks_of_the_attached_heads_keep_beta_of_their_mean(monkeypatch):
+    family = FAMILIES["llama"]
+    model, seen = family.tiny(), []
+
+    def spy(A, S, beta, live):
+        seen.append((A, S, calibrate(A, S, beta, live)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(module, "calibrate", spy)
+    with AttentionCalibration(beta=0.25, heads=((2, 1), (2, 2))).on(model), torch.no_grad():
+        model(**family.prompt(33))
+    ((A, S, after),) = seen
+    assert A.shape == (1, 2, 33, 33) and S.any() and not S[..., 0].any()
+    torch.testing.assert_close(column_mean(after)[S], 0.25 * column_mean(A)[S])
+    torch.testing.assert_close(after.sum(-1), torch.ones(1, 2, 33))
+    assert (after.triu(1) == 0).all()
+
+
+def test_all_heads_of_the_calibrated_layers_without_a_list():
+    found = {}
+    for family in ("llama", "mistral"):
+        model = FAMILIES[family].tiny()
+        run = AttentionCalibration().on(model)
+        found[family] = {i for i in range(4) if run.method.rewritten_heads(i, run.anatomy)}
+        assert run.method.rewritten_heads(2, run.anatomy) == (0, 1, 2, 3)
+    assert found == {"llama": {2}, "mistral": {2, 3}}
+
+
+def test_refuses_heads_and_rules_that_do_not_exist():
+    model = FAMILIES["llama"].tiny()
+    for heads in (((4, 0),), ((0, 4),), ((-1, 0),)):
+        with pytest.raises(UnsupportedModel, match=r"heads must be in \[0, 3\] x \[0, 3\], got"):
+            AttentionCalibration(heads=heads).on(model)
+    with pytest.raises(ValueError, match=r"AttentionCalibration.threshold must be 'absolute:x' or 'relative:x'"):
+        AttentionCalibration(threshold="0.1")
+    with pytest.raises(ValueError, match=r"AttentionCalibration.beta must be in \[0, 1\], got 2"):
+        AttentionCalibration(beta=2.0)
+
+
+# the search for heads
+
+CHOICES = list(range(20, 40))
+METHOD = AttentionCalibration(beta=0.0, threshold="relative:1")  # a strong change, for a model that knows nothing
+
+
+def choose(model, ids):
+    with torch.no_grad():
+        return int(model(ids[None], use_cache=False).logits[0, -1, CHOICES].argmax())
+
+
+def labelled(model, count=12):
+    """Items whose right choice is what head (2, 1) alone would make of them."""
+    prompts = [FAMILIES["llama"].prompt(20 + i, seed=i)["input_ids"][0] for i in range(count)]
+    with AttentionCalibration(beta=0.0, threshold="relative:1", heads=((2, 1),)).on(model):
+        return [{"input_ids": ids, "choices": CHOICES, "label": choose(model, ids)} for ids in prompts]
+
+
+def share(model, data):
+    return sum(choose(model, item["input_ids"]) == item["label"] for item in data) / len(data)
+
+
+def test_fit_keeps_the_heads_that_beat_the_plain_model():
+    model = FAMILIES["llama"].tiny()
+    data = labelled(model)
+    plain, alone = share(model, data), {}
+    for head in range(4):
+        with AttentionCalibration(beta=0.0, threshold="relative:1", heads=((2, head),)).on(model):
+            alone[2, head] = share(model, data)
+    assert plain < alone[2, 1] == 1.0
+    fitted = METHOD.fit(model, data, seed=3)
+    assert fitted.heads == tuple(head for head, accuracy in alone.items() if accuracy > plain)
+    assert (fitted.beta, fitted.threshold, fitted.seed) == (0.0, "relative:1", 3)
+    assert Method.parse(str(fitted)) == fitted
+    assert METHOD.fit(model, data, margin=1 - plain).heads == ()
+    with fitted.on(model) as run:
+        assert run.method.heads == fitted.heads
+    other = FAMILIES["llama"].make().eval()
+    with pytest.raises(UnsupportedModel, match="was fitted on another model .* run fit on this model"):
+        fitted.on(other)
+
+
+def test_fit_goes_on_where_it_was_stopped(tmp_path):
+    model, file = FAMILIES["llama"].tiny(), tmp_path / "search.json"
+    data = labelled(model, 5)
+    whole = METHOD.fit(model, data)
+    calls = [0]
+
+    def interrupt(*_):
+        calls[0] += 1
+        if calls[0] == 5 * 3 + 2:  # the plain model, two heads, and in the third
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        METHOD.fit(model, data, resume=file)
+    assert METHOD.fit(model, data, resume=file) == whole
+    assert calls[0] == 5 * 3 + 2 + 5 * 3, "the plain model and the two heads that were left"
+    assert METHOD.fit(model, data, resume=file, budget_s=0.0) == whole, "nothing is left to try"
+    handle.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["search.json"]
+
+
+def test_fit_out_of_time_leaves_heads_out():
+    model = FAMILIES["llama"].tiny()
+    assert METHOD.fit(model, labelled(model, 3), budget_s=0.0).heads == ()
+
+
+def test_a_search_on_something_else_is_refused(tmp_path):
+    model, file = FAMILIES["llama"].tiny(), tmp_path / "search.json"
+    data = labelled(model, 3)
+    METHOD.fit(model, data, resume=file)
+    for method, searched, items in (
+        (METHOD, FAMILIES["llama"].make().eval(), data),
+        (METHOD, model, data[:2]),
+        (AttentionCalibration(beta=0.5), model, data),
+    ):
+        with pytest.raises(UsageError, match="holds a search on another model, data or setting"):
+            method.fit(searched, items, resume=file)
+    for broken in ("", "[]", "{"):
+        file.write_text(broken)
+        with pytest.raises(UsageError, match="remove it or name another file"):
+            METHOD.fit(model, data, resume=file)
+    with pytest.raises(UsageError, match="at least one labelled item"):
+        METHOD.fit(model, [])

@@ -7,15 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqwise.core.errors import UsageError
+from seqwise.core.errors import PromptError, UnsupportedModel, UsageError
+from seqwise.core.segments import IMAGE, PAD, TEXT, Segments
 from seqwise.methods.order.v2pe import (
     STRIDES,
+    V2PE,
     draw_deltas,
     image_runs,
     largest_delta,
     next_position,
     positions,
 )
+from seqwise.testing.families import FAMILIES
 
 
 def visual(text):
@@ -162,3 +165,117 @@ def test_draws_each_stride_equally_often_and_repeats_with_the_seed():
     assert all(abs(count - 1000) < 150 for count in counts.values())  # about five standard deviations
     assert drawn.equal(draw_deltas((300, 30), torch.Generator().manual_seed(0)))
     assert drawn[0].unique().numel() > 1  # images of one sample differ
+
+
+# the method on a model
+
+
+def segments_of(flags, mask=None, image=None):
+    """Segments of bool (B, L) flags; image ids count the runs where none are given."""
+    unknown = torch.full(flags.shape, -1)
+    kind = torch.where(flags, IMAGE, TEXT)
+    if mask is not None:
+        kind = kind.masked_fill(mask == 0, PAD)
+    return Segments(kind, image_runs(flags) if image is None else image, *[unknown] * 5)
+
+
+OPTIONS = {"max_new_tokens": 5, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+
+
+def attached(model, method, segments, batch):
+    with method.on(model) as run:
+        run.bind(segments)
+        return model.generate(**batch, **OPTIONS)
+
+
+FLAGS = visual("..vvvv.vv..vvv...")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "neox"])
+def test_equals_the_model_called_with_these_positions_step_by_step(family):
+    model, batch = FAMILIES[family].tiny(), FAMILIES[family].prompt(17)
+    found = attached(model, V2PE(delta=0.25), segments_of(FLAGS), batch)
+    ids, p = batch["input_ids"], positions(FLAGS, 0.25)
+    for step in range(5):
+        with torch.no_grad():
+            logits = model(ids, attention_mask=torch.ones_like(ids), position_ids=p, use_cache=False).logits[:, -1]
+        torch.testing.assert_close(found.scores[step], logits, **FAMILIES[family].tolerance)
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+        p = torch.cat([p, next_position(p)[:, None]], 1)
+    assert found.sequences.equal(ids)
+
+
+def test_delta_1_changes_nothing_and_a_small_one_does():
+    model, batch = FAMILIES["llama"].tiny(), FAMILIES["llama"].prompt(17)
+    plain = model.generate(**batch, **OPTIONS)
+    same = attached(model, V2PE().identity(), segments_of(FLAGS), batch)
+    torch.testing.assert_close(same.scores, plain.scores, **FAMILIES["llama"].tolerance)
+    other = attached(model, V2PE(delta=1 / 256), segments_of(FLAGS), batch)
+    assert (other.scores[0] - plain.scores[0]).abs().max() > 0.01
+    text_only = attached(model, V2PE(delta=1 / 256), segments_of(visual("." * 17)), batch)
+    torch.testing.assert_close(text_only.scores, plain.scores, **FAMILIES["llama"].tolerance)
+
+
+def test_without_a_mask_and_without_a_cache_nothing_is_read_as_packed_sequences():
+    model, batch = FAMILIES["llama"].tiny(), FAMILIES["llama"].prompt(17)
+    with torch.no_grad():
+        expected = model(**batch, position_ids=positions(FLAGS, 0.25), use_cache=False).logits
+        packed = model(batch["input_ids"], position_ids=positions(FLAGS, 0.25), use_cache=False).logits
+        with V2PE(delta=0.25).on(model) as run:
+            run.bind(segments_of(FLAGS))
+            found = model(batch["input_ids"], use_cache=False).logits
+    assert (packed - expected).abs().max() > 0.01, "a model that minds nothing would prove nothing"
+    torch.testing.assert_close(found, expected, **FAMILIES["llama"].tolerance)
+
+
+@pytest.mark.parametrize("delta", [0.25, None])
+def test_padded_prompts_of_several_images_equal_each_alone(delta):
+    family = FAMILIES["llava"]
+    model = family.tiny()
+    prompts = [family.prompt(9, seed=1), family.prompt(25, seed=2, images=3), family.prompt(20, seed=3, images=2)]
+    model.config.text_config.max_position_embeddings = 40  # the longest prompt does not fit at delta = 1
+    with V2PE(delta=delta).on(model):
+        together = model.generate(**family.pad_left(prompts), **OPTIONS)
+        for b, batch in enumerate(prompts):
+            alone = model.generate(**batch, **OPTIONS)
+            assert together.sequences[b, -5:].equal(alone.sequences[0, -5:])
+            for ours, theirs in zip(together.scores, alone.scores, strict=True):
+                torch.testing.assert_close(ours[b], theirs[0], **family.tolerance)
+
+
+def test_half_precision_models_get_float32_positions():
+    model, batch = FAMILIES["llama"].tiny().bfloat16(), FAMILIES["llama"].prompt(17)
+    given = []
+    model.model.rotary_emb.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    attached(model, V2PE(delta=0.25), segments_of(FLAGS), batch)
+    assert {p.dtype for p in given} == {torch.float32}
+    assert given[0].tolist() == positions(FLAGS, 0.25).tolist()
+    last = positions(FLAGS, 0.25)[0, -1].item()
+    assert [p.tolist() for p in given[1:]] == [[[last + step]] for step in (1, 2, 3, 4)]
+
+
+def test_no_delta_takes_the_largest_that_fits_the_models_window():
+    family = FAMILIES["llama"]
+    model, batch = family.tiny(), family.prompt(17)
+    model.config.max_position_embeddings = 12
+    fitting = largest_delta(FLAGS, 12)
+    assert 0 < float(fitting) < 1
+    found = attached(model, V2PE(delta=None), segments_of(FLAGS), batch)
+    wanted = attached(model, V2PE(delta=float(fitting)), segments_of(FLAGS), batch)
+    assert all(a.equal(b) for a, b in zip(found.scores, wanted.scores, strict=True))
+    model.config.max_position_embeddings = 5
+    with pytest.raises(UsageError, match=r"window must be > \d+ for sample 0 even at delta = 1/256, got 5"):
+        attached(model, V2PE(delta=None), segments_of(FLAGS), batch)
+
+
+def test_refuses_other_positions_and_other_lengths():
+    for family in ("gpt2", "qwen25_vl"):
+        with pytest.raises(UnsupportedModel, match="V2PE"):
+            V2PE().on(FAMILIES[family].tiny())
+    with pytest.raises(PromptError, match="segments must cover the prompt's 12 tokens, got 17"):
+        attached(FAMILIES["llama"].tiny(), V2PE(), segments_of(FLAGS), FAMILIES["llama"].prompt(12))
+    for delta in (0.0, 1.5):
+        with pytest.raises(ValueError, match=rf"V2PE.delta must be in \(0, 1\], got {delta}"):
+            V2PE(delta=delta)

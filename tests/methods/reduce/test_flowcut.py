@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -211,6 +212,10 @@ def projections(attention: nn.Module, call, head: int) -> list[torch.Tensor]:
     return [seen[name].unflatten(-1, (-1, head)).transpose(1, 2) for name in "qkv"]
 
 
+def ran(layer: nn.Module, x: torch.Tensor, out: list[torch.Tensor]) -> None:
+    out.append(layer(x, None))
+
+
 def tower_by_hand(model, tile: torch.Tensor, T: int) -> tuple[list[int], torch.Tensor]:
     """The tower's layers one after another on one tile (1, 3, h, w): patches that are left, hidden rows at the end."""
     vision = Anatomy.of(model).vision
@@ -220,8 +225,8 @@ def tower_by_hand(model, tile: torch.Tensor, T: int) -> tuple[list[int], torch.T
         left, C = list(range(x.shape[1] - cls)), None
         for i in range(s + 1):
             out: list[torch.Tensor] = []
-            head = vision.attentions[i].head_dim
-            q, k, v = projections(vision.attentions[i], lambda i=i, x=x: out.append(vision.layers[i](x, None)), head)
+            run = partial(ran, vision.layers[i], x, out)
+            q, k, v = projections(vision.attentions[i], run, vision.attentions[i].head_dim)
             x = out[0]
             a = attention_term(q, k, cls=bool(cls))
             C = accumulate(C, layer_score(a, semantic_term(v) if cls else None, value_norm(v)[:, cls:]))

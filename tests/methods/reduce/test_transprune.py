@@ -4,14 +4,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from seqwise.core.errors import UnsupportedModel
+from seqwise.core.method import Method
+from seqwise.lab.zoo import staged
 from seqwise.methods.reduce.transprune import (
+    TransPrune,
     accumulate,
     instruction_attention,
     keep_count,
     stage_score,
     transition,
 )
+from seqwise.testing.families import FAMILIES
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -134,3 +140,248 @@ def test_keep_count_truncates_and_leaves_one(N, r, wanted):
 def test_transition_does_not_see_the_size_of_both(c, t, seed):
     x, y = random(t, 3, seed=seed), random(t, 3, seed=seed + 1)
     torch.testing.assert_close(transition(c * x, c * y), transition(x, y))
+
+
+# the class, on tiny random models
+
+
+IMAGE = 97  # the placeholder token of the families
+STAGES = {"prune_after": (1, 2, 3), "budget": (0.8, 0.5, 0.2), "layers": (1, 3)}
+
+
+def logits(model, batch, method: Method | None = None):
+    """Logits of one forward, and the run."""
+    with torch.no_grad():
+        if method is None:
+            return model(**batch).logits, None
+        with method.on(model) as run:
+            return model(**batch).logits, run
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return FAMILIES["llava"].tiny()
+
+
+def image_of(ids: torch.Tensor) -> torch.Tensor:
+    """Per token which image it belongs to, -1 for text: every run of placeholders is one image."""
+    visual = ids == IMAGE
+    starts = visual & ~torch.cat([torch.tensor([False]), visual[:-1]])
+    return torch.where(visual, starts.cumsum(0) - 1, -1)
+
+
+def watch(seen: dict[str, torch.Tensor], name: str):
+    def hook(_module, args, kwargs, out):
+        seen[name + " x"] = args[0] if args else kwargs["hidden_states"]
+        seen[name + " y"] = out[0] if isinstance(out, tuple) else out
+
+    return hook
+
+
+@torch.no_grad()
+def by_hand(model, method: TransPrune, x: torch.Tensor, image: torch.Tensor, prompt: int):
+    """The decoder's layers one after another on rows (1, n, d) of one prompt: rows kept at each stage, logits.
+
+    image: (n,), which image a row belongs to, -1 for text. Only the first `prompt` rows take part in scores, the
+    others are tokens that came later: they go on with their position lowered as much as the prompt got shorter.
+    """
+    decoder, n = model.model.language_model, x.shape[1]
+    rows, positions = torch.arange(n), torch.arange(n)
+    N = [int((image == i).sum()) for i in range(int(image.max()) + 1)]
+    ttv, kept = torch.zeros(n), {}
+    for number, layer in enumerate(decoder.layers, 1):
+        r = x.shape[1]
+        seen: dict[str, torch.Tensor] = {}
+
+        hooks = [
+            layer.self_attn.register_forward_hook(watch(seen, "attn"), with_kwargs=True),
+            layer.mlp.register_forward_hook(watch(seen, "mlp"), with_kwargs=True),
+        ]
+        mask = torch.full((r, r), float("-inf")).triu(1)[None, None]
+        rope = decoder.rotary_emb(x, positions[None])
+        x = layer(x, attention_mask=mask, position_embeddings=rope, position_ids=positions[None])
+        for hook in hooks:
+            hook.remove()
+        of_prompt = rows < prompt
+        p = int(of_prompt.sum())
+        if method.layers[0] <= number <= method.layers[1]:
+            for part in ("attn", "mlp"):
+                ttv[:p] += transition(seen[part + " x"][0, :p], seen[part + " y"][0, :p])
+        if number not in method.prune_after:
+            continue
+        iga = None
+        at = image[rows]
+        if method.iga:
+            coming = decoder.layers[number]
+            normed = coming.input_layernorm(x[:, :p])
+            rope = decoder.rotary_emb(x, positions[None, :p])
+            q, k = (
+                getattr(coming.self_attn, f"{name}_proj")(normed).unflatten(-1, (-1, 8)).transpose(1, 2)
+                for name in "qk"
+            )
+            q, k = apply_rotary_pos_emb(q, k, *rope)
+            behind = int((at >= 0).nonzero().max()) + 1
+            A = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / 8**0.5 + torch.full((p, p), -math.inf).triu(1)
+            iga = A.softmax(-1)[0, :, behind:].mean((0, 1))
+        stay = at < 0
+        for i, total in enumerate(N):
+            here = (at == i).nonzero()[:, 0]
+            s = stage_score(ttv[here] if method.ttv else None, None if iga is None else iga[here])
+            count = max(1, int(total * method.budget[method.prune_after.index(number)]))
+            stay[here[s.argsort(descending=True, stable=True)[:count]]] = True
+        x, rows, ttv = x[:, stay], rows[stay], ttv[stay]
+        kept[f"layer {number}"] = rows[rows < prompt].tolist()
+        positions = torch.arange(len(rows)) if method.positions == "renumber" else positions[stay]
+    return kept, model.lm_head(decoder.norm(x))
+
+
+def embedded(model, prompt) -> torch.Tensor:
+    """The rows that enter the decoder."""
+    first: list[torch.Tensor] = []
+    take = lambda _m, args, kwargs: first.append(args[0] if args else kwargs["hidden_states"])  # noqa: E731
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        logits(model, prompt)
+    finally:
+        hook.remove()
+    return first[0]
+
+
+VARIANTS = [
+    TransPrune(**STAGES),
+    TransPrune(**STAGES, positions="renumber"),
+    TransPrune(**STAGES, ttv=False),
+    TransPrune(**STAGES, iga=False, positions="renumber"),
+    TransPrune(prune_after=(2,), budget=(0.4,), layers=(2, 2)),
+    TransPrune(prune_after=(1, 3), budget=(0.7, 0.3), layers=(3, 3), positions="renumber"),  # no TTV at the first
+]
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("method", VARIANTS, ids=str)
+def test_the_stages_cut_what_they_cut_by_hand(llava, method, images):
+    prompt = FAMILIES["llava"].prompt(11, seed=6, images=images)
+    ids = prompt["input_ids"][0]
+    ours, run = logits(llava, prompt, method)
+    kept, wanted = by_hand(llava, method, embedded(llava, prompt), image_of(ids), len(ids))
+    stages = run.kept()[0]
+    assert {name: stages[name] for name in kept} == kept
+    for name, share in zip(kept, method.budget, strict=True):
+        assert sum(ids[position] == IMAGE for position in kept[name]) == images * int(16 * share)  # of the first count
+    torch.testing.assert_close(ours, wanted, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+def test_decoding_goes_on_with_each_layers_own_rows_and_positions(llava, positions):
+    prompt = FAMILIES["llava"].prompt(11, seed=7)
+    method, n = TransPrune(**STAGES, positions=positions), prompt["input_ids"].shape[1]
+    options = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with method.on(llava) as run:
+        out = llava.generate(**prompt, **options)
+    assert [len(run.kept(layer)[0][0]) for layer in range(4)] == [n - d + 4 for d in (0, 16 - 12, 16 - 8, 16 - 3)]
+    ids = out.sequences[0, :-1]
+    x = torch.cat([embedded(llava, prompt), llava.get_input_embeddings()(ids[None, n:])], 1).detach()
+    _, wanted = by_hand(llava, method, x, image_of(ids), n)
+    torch.testing.assert_close(torch.stack(out.logits, 1), wanted[:, -5:], atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision", "qwen25_vl"])
+def test_whole_shares_change_nothing(name):
+    family = FAMILIES[name]
+    model, prompt = family.tiny(), family.prompt(11, images=2)
+    ours, run = logits(model, prompt, TransPrune(**STAGES).identity())
+    torch.testing.assert_close(ours, logits(model, prompt)[0], **family.tolerance)
+    assert not run.acted
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+def test_a_left_padded_batch_gives_what_each_prompt_gives_alone(name, positions):
+    family = FAMILIES[name]
+    model, prompts = family.tiny(), [family.prompt(17, seed=1), family.prompt(6, seed=2, images=2)]
+    prompts.append(family.prompt(30, seed=3, images=0))
+    method = TransPrune(**STAGES, positions=positions)
+    together, run = logits(model, family.pad_left(prompts), method)
+    for i, prompt in enumerate(prompts):
+        alone, single = logits(model, prompt, method)
+        if "pixel_values" in prompt:
+            wanted = single.kept()[0]
+            found = [[row for row in run.kept()[i][name] if row >= 0] for name in ("layer 1", "layer 2", "layer 3")]
+            assert found == [wanted[name] for name in ("layer 1", "layer 2", "layer 3")]
+        torch.testing.assert_close(together[i, -1], alone[0, -1], **family.tolerance)
+
+
+def test_a_prompt_without_image_is_left_alone(llava):
+    prompt = FAMILIES["llava"].prompt(12, images=0)
+    ours, run = logits(llava, prompt, TransPrune(**STAGES))
+    torch.testing.assert_close(ours, logits(llava, prompt)[0], atol=2e-5, rtol=1e-4)
+    assert not run.acted
+
+
+def test_rows_between_layers_see_only_what_is_left(llava):
+    """Deeper layers really get fewer rows."""
+    prompt = FAMILIES["llava"].prompt(11, seed=6)
+    seen = []
+    hooks = [
+        layer.mlp.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
+        for layer in llava.model.language_model.layers
+    ]
+    logits(llava, prompt, TransPrune(**STAGES))
+    for hook in hooks:
+        hook.remove()
+    n = prompt["input_ids"].shape[1]
+    assert seen == [n, n - 4, n - 8, n - 13]
+
+
+def test_the_models_own_mask_is_honoured_between_cuts():
+    """The staged model hides the image from the text in its first layers: its text rows know nothing of it there."""
+    model = staged.build(0)
+    drawn = staged.batch(3, seed=1, questions=2)
+    batch = {"input_ids": drawn.input_ids, "pixel_values": drawn.pixel_values}
+    method = TransPrune(prune_after=(1, 2), budget=(0.5, 0.1), layers=(1, 2), positions="renumber")
+
+    def text_rows(pixels):  # in front of layer 3, the first that lets the text see the image
+        rows: list[torch.Tensor] = []
+        hook = model.model.language_model.layers[1].register_forward_hook(lambda _m, _a, out: rows.append(out))
+        _, run = logits(model, {**batch, "pixel_values": pixels}, method)
+        hook.remove()
+        assert all(len(stages["layer 1"]) == 5 + 18 and len(stages["layer 2"]) == 5 + 3 for stages in run.kept())
+        return rows[0][:, -4:]
+
+    torch.testing.assert_close(text_rows(drawn.pixel_values), text_rows(drawn.pixel_values + 1), atol=1e-6, rtol=1e-5)
+    one, run = logits(model, batch, method)
+    other, _ = logits(model, {**batch, "pixel_values": drawn.pixel_values + 1}, method)
+    assert not torch.allclose(one[:, -1], other[:, -1], atol=1e-4)  # what stays is seen from layer 3 on
+    alone, single = logits(model, {name: value[:1] for name, value in batch.items()}, method)
+    assert single.kept()[0] == run.kept()[0]
+    torch.testing.assert_close(alone[0], one[0], atol=1e-5, rtol=1e-4)
+
+
+def test_what_cannot_work_on_a_model_is_refused(llava):
+    with pytest.raises(UnsupportedModel, match=r"prune_after must be < the model's 4 layers, got \(7, 9, 12\)"):
+        TransPrune().on(llava)
+    with pytest.raises(UnsupportedModel, match=r"prune_after must be < the model's 4 layers, got \(4,\)"):
+        TransPrune(prune_after=(4,), budget=(0.5,), layers=(1, 4)).on(llava)  # behind the last layer
+    with pytest.raises(UnsupportedModel, match="vision tower"):
+        TransPrune(**STAGES).on(FAMILIES["llama"].tiny())
+    with pytest.raises(UnsupportedModel, match="3-axis RoPE"):
+        TransPrune(**STAGES, positions="renumber").on(FAMILIES["qwen25_vl"].tiny())
+
+
+@pytest.mark.parametrize(
+    "fields, text",
+    [
+        ({"budget": (0.5, 0.0, 0.1)}, r"TransPrune\.budget must be in \(0, 1\], got 0\.0"),
+        ({"budget": (0.5,)}, r"TransPrune\.budget must have one share per stage \(3\), got \(0\.5,\)"),
+        ({"prune_after": (7, 7, 9)}, r"TransPrune\.prune_after must ascend without repetition, got \(7, 7, 9\)"),
+        ({"prune_after": (0, 1, 2)}, r"TransPrune\.prune_after must be >= 1, got 0"),
+        ({"layers": (9, 7)}, r"TransPrune\.layers must be \(first, last\) with first <= last, got \(9, 7\)"),
+        ({"ttv": False, "iga": False}, r"TransPrune\.ttv must be True where iga is False"),
+        ({"iga": False, "layers": (8, 12)}, r"TransPrune\.layers must begin at or before the first stage \(7\)"),
+        ({"layers": (13, 14)}, r"TransPrune\.layers must begin at or before the last stage \(12\).*got \(13, 14\)"),
+        ({"positions": "new"}, r"TransPrune\.positions must be one of 'keep', 'renumber', got 'new'"),
+    ],
+)
+def test_bad_fields_are_refused(fields, text):
+    with pytest.raises(ValueError, match=text):
+        TransPrune(**fields)

@@ -199,7 +199,9 @@ REPRODUCTION = Reproduction(
     notes=(
         "A two-layer model of one-hop recall instead of 7B and 8B models on language tasks; 56 context tokens, five of "
         "whose rows are probes. Bytes are counted from storage, parameters included (float32 where the release has 16 "
-        "bits), without the engine's own table of which token each slot holds."
+        "bits), without the engine's own table of which token each slot holds. Saliency barely matters to this model. "
+        "Looked at afterwards, on seed 0: the baseline of 1 bit for all still has two sets with ranges of their own "
+        "(0.82); in a single set it falls to 0.77, below random salient sets (0.80)."
     ),
     not_testable={"latency": "it needs a GPU kernel and a model of that size; storage is dequantised to be read here"},
 )

@@ -127,10 +127,11 @@ class TransPrune(Method):
             raise ValueError(f"TransPrune.layers must be (first, last) with first <= last, got {self.layers!r}")
         if not (self.ttv or self.iga):
             raise ValueError("TransPrune.ttv must be True where iga is False, got False (nothing would score)")
-        if self.ttv and not self.iga and self.layers[0] > self.prune_after[0]:
+        which, stage = ("last", self.prune_after[-1]) if self.iga else ("first", self.prune_after[0])
+        if self.ttv and self.layers[0] > stage:
             raise ValueError(
-                f"TransPrune.layers must begin at or before the first stage ({self.prune_after[0]}) "
-                f"where ttv alone scores, got {self.layers!r}"
+                f"TransPrune.layers must begin at or before the {which} stage ({stage}), or ttv never scores there; "
+                f"got {self.layers!r}"
             )
 
     def identity(self) -> Method:
