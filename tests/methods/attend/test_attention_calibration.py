@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -250,7 +251,7 @@ def test_prompt_and_steps_equal_dense_maps(monkeypatch, rule, padding):
         model.set_attn_implementation("eager")
         expected = model.generate(**batch, **OPTIONS)
     model.set_attn_implementation("sdpa")
-    assert all(S.any() for S in dense.S.values()) and len(dense.S) == 3
+    assert len(dense.S) == 3 and any(S.any() for S in dense.S.values())
     with AttentionCalibration(heads=HEADS, threshold=rule).on(model):
         found = model.generate(**batch, **OPTIONS)
     assert (found.scores[0] - plain.scores[0]).abs().max() > 0.01
@@ -350,7 +351,7 @@ def choose(model, ids):
 def labelled(model, count=12):
     """Items whose right choice is what head (2, 1) alone would make of them."""
     prompts = [FAMILIES["llama"].prompt(20 + i, seed=i)["input_ids"][0] for i in range(count)]
-    with AttentionCalibration(beta=0.0, threshold="relative:1", heads=((2, 1),)).on(model):
+    with replace(METHOD, heads=((2, 1),)).on(model):
         return [{"input_ids": ids, "choices": CHOICES, "label": choose(model, ids)} for ids in prompts]
 
 
@@ -363,7 +364,7 @@ def test_fit_keeps_the_heads_that_beat_the_plain_model():
     data = labelled(model)
     plain, alone = share(model, data), {}
     for head in range(4):
-        with AttentionCalibration(beta=0.0, threshold="relative:1", heads=((2, head),)).on(model):
+        with replace(METHOD, heads=((2, head),)).on(model):
             alone[2, head] = share(model, data)
     assert plain < alone[2, 1] == 1.0
     fitted = METHOD.fit(model, data, seed=3)
@@ -374,7 +375,7 @@ def test_fit_keeps_the_heads_that_beat_the_plain_model():
     with fitted.on(model) as run:
         assert run.method.heads == fitted.heads
     other = FAMILIES["llama"].make().eval()
-    with pytest.raises(UnsupportedModel, match="was fitted on another model .* run fit on this model"):
+    with pytest.raises(UnsupportedModel, match=r"was fitted on another model \(.*\); run fit on this model"):
         fitted.on(other)
 
 
