@@ -744,7 +744,7 @@ class Engine:
                 self.deferred[index] = (query, scaling, softcap)
             else:
                 self._settle(index, layer, query, key, value, scaling, softcap, visible, lse, row_probabilities)
-        if layer is not None and visible.window is not None:
+        if layer is not None and visible.window is not None and self.tree is None:
             layer.forget_outside(visible.window)
         return out
 

@@ -164,11 +164,12 @@ class Run:
                 kept.phase = "decode"
             mask = kwargs.get("attention_mask")
             lengths = None
-            if self.chunk is not None and kept is None:
-                lengths = [ids.shape[1]] * ids.shape[0] if mask is None else mask.sum(-1).tolist()
-                if 0 in lengths:
-                    raise PromptError("a prompt of the batch is empty (all padding); give each at least one token")
+            if self.chunk is not None:
                 kwargs["prefill_chunk_size"] = self.chunk
+                if kept is None:
+                    lengths = [ids.shape[1]] * ids.shape[0] if mask is None else mask.sum(-1).tolist()
+                    if 0 in lengths:
+                        raise PromptError("a prompt of the batch is empty (all padding); give each at least one token")
             self.prompt = (lengths, ids.shape[1])
             if kept is not None and self._new_turn:
                 kept.expected_columns = max(ids.shape[1], 0 if mask is None else mask.shape[1])
