@@ -138,6 +138,68 @@ def compare(
         raise typer.Exit(130 if stopped else 1)
 
 
+@app.command("eval")
+def evaluate(
+    tasks: Annotated[
+        list[str], typer.Option(help="Tasks of lm-evaluation-harness, patterns or .yaml files. Again for more.")
+    ],
+    method: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help='As in Python: "A2SF(budget=0.25)". Default: the plain model.'),
+    ] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A Hub name or a folder. Default: SmolLM2-135M-Instruct, which needs no download."),
+    ] = None,
+    include_path: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A folder with task files of your own."),
+    ] = None,
+    limit: Annotated[Optional[int], typer.Option(help="Documents per task.")] = None,  # noqa: UP045
+    batch_size: Annotated[int, typer.Option(help="Prompts, or continuations of one context, at once.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Write the JSON document.")] = None,  # noqa: UP045
+    plugin: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="A Python file with methods of your own. Again for more."),
+    ] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ...")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, ...")] = None,  # noqa: UP045
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness under a method."""
+    from seqwise.lab import lm_eval
+    from seqwise.lab.compare import check_writable
+    from seqwise.lab.files import write_json
+
+    if out is not None:
+        check_writable(out, "--out")
+    settings = lm_eval.Settings(
+        tasks=tuple(tasks),
+        model=model,
+        method=method,
+        include_path=None if include_path is None else str(include_path),
+        limit=limit,
+        batch_size=batch_size,
+        plugins=tuple(map(str, plugin or ())),
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    document = lm_eval.evaluate(settings)
+    if as_json:
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        Console().print(lm_eval.table(document))
+    if out is not None:
+        try:
+            write_json(out, document)
+        except OSError as error:
+            raise UsageError(f"cannot write --out {out} ({error.strerror}); give another place") from None
+
+
 @app.command()
 def reproduce(
     slug: Annotated[Optional[list[str]], typer.Argument(help="Papers, as `seqwise papers` lists them.")] = None,  # noqa: UP045

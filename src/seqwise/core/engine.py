@@ -27,6 +27,7 @@ from seqwise.core.observe import attention, attention_statistics, gathered_atten
 from seqwise.core.segments import IMAGE, PAD, TEXT, Segments
 from seqwise.core.select import compact
 from seqwise.core.towers import TowerDriver
+from seqwise.core.views import Block, Read, Stage, Transition
 from seqwise.core.visible import Visible
 
 if TYPE_CHECKING:
@@ -67,112 +68,6 @@ class _Captured(Exception):
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None) -> None:
         self.query, self.key, self.value, self.scaling, self.softcap = query, key, value, scaling, softcap
-
-
-@dataclass
-class Transition:
-    """Input (after its norm) and output (before the residual) of one module of a watched layer: (B, r, d)."""
-
-    layer: int
-    module: str  # "attention" or "mlp"
-    before: Tensor
-    after: Tensor
-    live: Tensor | None  # (B, r)
-    state: dict[str, Tensor]  # (B, r) each, gathered with the rows
-
-
-@dataclass
-class Stage:
-    """A cut between decoder layers: the rows about to enter layer `layer` of a prompt."""
-
-    layer: int
-    layers: int
-    order: Tensor  # (B, r)
-    live: Tensor  # (B, r) bool
-    visual: Tensor  # (B, r) bool
-    image: Tensor  # (B, r), which image of the sample, -1 elsewhere
-    entered: Tensor  # (B, images) visual tokens of each image that the language model got
-    state: dict[str, Tensor]  # (B, r) each
-    patches: Tensor  # (B, images) patches of all tiles of each image, as the tower got them
-    _project: Callable[[], tuple[Tensor, Tensor, Tensor, float, float | None]]
-    _visible: Visible
-    _previous: tuple[Tensor, Tensor, Tensor]
-
-    @property
-    def after_image(self) -> Tensor:
-        """(B, r) bool: real rows behind the sample's last visual row: the instruction."""
-        last = torch.where(self.visual, self.order, -1).amax(-1, keepdim=True)
-        return self.live & (self.order > last)
-
-    def projections(self) -> tuple[Tensor, Tensor, Tensor]:
-        """query (B, H, r, D), key, value (B, Hkv, r, D) of the layer that comes, after its norm and RoPE."""
-        query, key, value, *_ = self._project()
-        return query, key, value
-
-    def previous(self) -> tuple[Tensor, Tensor, Tensor]:
-        """query, key, value of the layer that has just run, as `projections`."""
-        return self._previous
-
-    def received(self, rows: Tensor, **options: Any) -> Tensor:
-        """Attention of the layer that comes, summed over rows (B, r) bool: (B, H, r) fp32 (see `observe.received`)."""
-        query, key, _, scaling, softcap = self._project()
-        return attention_statistics(
-            query, key, visible=self._visible, weight=rows.float(), scaling=scaling, softcap=softcap, **options
-        )["sum"]
-
-
-@dataclass
-class Block:
-    """The attention map of one layer, as `attention.probs` methods see it: all of it by statistics, rows by blocks."""
-
-    layer: int
-    heads: tuple[int, ...]
-    phase: str
-    rows: Tensor  # (B or 1, r) original positions of the rows at hand
-    order: Tensor  # (B or 1, 1 or h, n) original positions of the slots
-    live: Tensor  # (B, h, n) bool
-    lengths: Tensor  # (B,) real tokens so far
-    state: dict[str, Tensor]  # (B, H, n) each, travels with the slots
-    query_heads: int  # H
-    statistics: Callable[[tuple[str, ...]], dict[str, Tensor]]  # of the chosen heads' whole map: (B, h, n) each
-
-
-@dataclass
-class Read:
-    """A one-row step of one layer, as `cache.read` methods see it."""
-
-    layer: int
-    layers: int
-    query: Tensor  # (B, H, 1, D)
-    key: Tensor  # (B, Hkv, n, D)
-    live: Tensor | None  # (B, 1 or Hkv, n), None where all are
-    scaling: float
-    shared: dict[str, Any]  # lives for one step, across layers
-    cache: SlotLayer
-
-    def capacity(self, budget: int | float) -> list[int] | None:
-        """Slots per sample that a budget allows (a share refers to the prompt); None for the share 1.0."""
-        return self.cache.capacity(budget)
-
-    def positions(self, index: Tensor, live: Tensor) -> Tensor:
-        """Original positions (B, H, k) of slots index (B, H, k), -1 where not live."""
-        assert self.cache.order is not None
-        order = self.cache.order.expand(-1, self.key.shape[1], -1)
-        return gather_heads(order, index).masked_fill(~live, -1)
-
-    def slots_of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots of this layer that hold these original positions (B, H, k), and where they are still held."""
-        assert self.cache.order is not None
-        B, H, k = positions.shape
-        Hkv = self.key.shape[1]
-        sorted_order, at = self.cache.order.expand(B, Hkv, -1).sort(-1)
-        wanted = positions.reshape(B, Hkv, -1)
-        found = torch.searchsorted(sorted_order.contiguous(), wanted.contiguous()).clamp(max=sorted_order.shape[-1] - 1)
-        held = (sorted_order.gather(-1, found) == wanted) & (wanted >= 0)
-        index = at.gather(-1, found)
-        if self.live is not None:
-            held = held & self.live.expand(B, Hkv, -1).gather(-1, index)
-        return index.view(B, H, k), held.view(B, H, k)
 
 
 @dataclass
@@ -921,12 +816,6 @@ def _weighted(p: Tensor, value: Tensor) -> Tensor:
     Hkv = value.shape[1]
     grouped = p.to(value.dtype).reshape(B, Hkv, -1, n) @ value  # (B, Hkv, g q, D)
     return grouped.reshape(B, H, q, value.shape[-1])
-
-
-def gather_heads(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, Hkv, n) at index (B, H, k): each query head reads from its KV head."""
-    B, H, k = index.shape
-    return x.gather(2, index.reshape(B, x.shape[1], -1)).view(B, H, k)
 
 
 __all__ = ["TEXT", "Account", "Block", "Engine", "Read", "Stage", "Transition", "attend"]

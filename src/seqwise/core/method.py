@@ -21,10 +21,10 @@ from seqwise.core.errors import SlotConflict, UsageError
 if TYPE_CHECKING:
     from seqwise.core.anatomy import Anatomy
     from seqwise.core.caches import Chunk, View
-    from seqwise.core.engine import Block, Read, Stage, Transition
     from seqwise.core.run import Loop, Run
     from seqwise.core.segments import Segments
     from seqwise.core.towers import Tower, TowerLayer
+    from seqwise.core.views import Block, Read, Stage, Transition
 
 __all__ = ["SLOTS", "Composition", "Method", "budget_param", "param"]
 

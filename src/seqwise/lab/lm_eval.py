@@ -49,7 +49,7 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 except ImportError as error:
     raise MissingExtra(
         f"seqwise eval needs lm-evaluation-harness ({error}): pip install 'seqwise[eval]', or pip install lm-eval"
@@ -59,7 +59,7 @@ SCHEMA = "seqwise.eval/1"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 
-class MethodLM(HFLM):  # type: ignore[misc]
+class MethodLM(HFLM):
     """A causal language model under a method, as the harness's model.
 
     >>> lm_eval.simple_evaluate(MethodLM(model, tokenizer, A2SF(budget=0.25)), tasks=["hellaswag"])
@@ -100,14 +100,13 @@ class MethodLM(HFLM):  # type: ignore[misc]
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         if self.method is None:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)  # type: ignore[no-any-return]
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         members: dict[tuple[int, ...], list[int]] = defaultdict(list)  # prompt -> requests that continue it
         for i, (text, context, continuation) in enumerate(requests):
             count = len(continuation)
             if not 0 < count <= self.max_length:
-                raise UsageError(
-                    f"a continuation must have 1 to {self.max_length} tokens, got {count}" + (f" for {text[1]!r}"[:99] if text else "")
-                )
+                shown = "" if text is None else f" for {text[1][:60]!r}"
+                raise UsageError(f"a continuation must have 1 to {self.max_length} tokens, got {count}{shown}")
             members[tuple((context + continuation)[-self.max_length - 1 : -count])].append(i)
         answers = [(0.0, False)] * len(requests)
         with self._attached() as run, tqdm(total=len(requests), disable=disable_tqdm, desc=str(self.method)) as bar:
@@ -116,14 +115,15 @@ class MethodLM(HFLM):  # type: ignore[misc]
                 continuations = [requests[i][2] for i in members[prompt]]
                 for i, answer in zip(members[prompt], self._follow(before[-1], cache, continuations), strict=True):
                     answers[i] = answer
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
+                    if requests[i][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
                 self.acted |= run.acted
                 bar.update(len(continuations))
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         if self.method is None:
-            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
         totals = []
         with self._attached() as run:
             for request in tqdm(requests, disable=disable_tqdm, desc=str(self.method)):
@@ -187,7 +187,7 @@ class MethodLM(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         with nullcontext() if self.method is None else self._attached():
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Tensor:
         ids: Tensor = super()._model_generate(*args, **kwargs)
@@ -280,41 +280,47 @@ def table(document: dict[str, Any]) -> Table:
 def _tasks(names: Sequence[str], include_path: str | None) -> Any:
     """The harness's tasks by name, pattern or file, ready to be evaluated.
 
-    Its own index of some ten thousand tasks takes half a minute to read, so it is read only where a name needs it.
+    Its own index of some ten thousand tasks takes half a minute to read, so it is read only where it is needed.
     """
     names = [name for text in names for name in text.split(",") if name]
     for name in names:
-        if name.endswith((".yaml", ".yml")) and not Path(name).expanduser().is_file():
+        if _is_file(name) and not Path(name).expanduser().is_file():
             raise UsageError(f"no task file at {name}")
-    for defaults in (False, True):
+    patterns = any(set("*?[") & set(name) for name in names)
+    for defaults in (True,) if patterns else (False, True):
         manager = TaskManager(include_path=include_path, include_defaults=defaults)
-        found = [_matches(manager, name) for name in names]
-        if all(found):
+        found = {name: [name] if _is_file(name) else manager.match_tasks([name]) for name in names}
+        unknown = next((name for name, specs in found.items() if not specs), None)
+        if unknown is not None:
+            if not defaults:
+                continue
+            close = difflib.get_close_matches(unknown, manager.all_tasks, n=3)
+            hint = f"; close: {', '.join(close)}" if close else ""
+            raise UsageError(f"unknown task {unknown!r}: give a task of lm-evaluation-harness or a .yaml file{hint}")
+        try:
+            loaded = manager.load(list(dict.fromkeys(spec for specs in found.values() for spec in specs)))
             break
-    if (unknown := next((name for name, one in zip(names, found, strict=True) if not one), None)) is not None:
-        close = difflib.get_close_matches(unknown, manager.all_tasks, n=3)
-        hint = f"; close: {', '.join(close)}" if close else ""
-        raise UsageError(f"unknown task {unknown!r}: give a task of lm-evaluation-harness or a .yaml file{hint}")
-    specs = list(dict.fromkeys(spec for one in found for spec in one))
-    try:
-        loaded = manager.load(specs)
-    except Exception as error:  # a task file is code and data of others: anything can go wrong
-        line = " ".join(str(error).split())[:300]
-        raise UsageError(f"cannot load {', '.join(specs)}: {type(error).__name__}: {line}") from error
+        except Exception as error:  # a task is code and data of others: anything can go wrong
+            if isinstance(error, KeyError) and not defaults:
+                continue  # a group whose members are the harness's own
+            line = " ".join(str(error).split())[:300]
+            raise UsageError(f"cannot load {', '.join(names)}: {type(error).__name__}: {line}") from error
     for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            kind = "runs code that the model writes" if getattr(task, "UNSAFE_CODE", False) else "has images"
-            raise UsageError(f"task {name} {kind}, which seqwise eval does not do; use seqwise.lab.lm_eval.MethodLM")
+        if getattr(task, "MULTIMODAL", False):
+            raise UsageError(f"task {name} has images; seqwise eval runs tasks of text")
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UsageError(
+                f"task {name} runs code that the model writes; if you consent, call lm_eval.simple_evaluate with "
+                "seqwise.lab.lm_eval.MethodLM and confirm_run_unsafe_code=True"
+            )
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     return loaded
 
 
-def _matches(manager: TaskManager, name: str) -> list[str]:
-    if name.endswith((".yaml", ".yml")):
-        return [str(Path(name).expanduser())]
-    return list(manager.match_tasks([name]))
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:

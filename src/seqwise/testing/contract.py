@@ -360,11 +360,13 @@ def _difference(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 def item_4_less_work(method: Method, family: Family) -> str | None:
     """What a slot promises to shrink is smaller than in the plain model: counted in modules and in storage."""
-    slots = _slots(method) & _SHRINKING
-    if not slots or _inert(method):
-        return SKIPPED
     model, batch = family.tiny(), _prompts(family)[-1]
     anatomy = Anatomy.of(model)
+    slots = _slots(method) & _SHRINKING
+    if None not in anatomy.windows:  # the plain cache holds a short window only: less than most budgets
+        slots -= _BYTES
+    if not slots or _inert(method):
+        return SKIPPED
     tower = anatomy.vision.layers[: anatomy.vision.feature_layer + 2] if anatomy.vision is not None else ()
 
     def measured(attached: bool) -> tuple[list[list[int]], list[list[int]], int, Seen]:
