@@ -18,6 +18,7 @@ from seqwise.lab.lm_eval import MethodLM
 from seqwise.lab.zoo import load_model
 from seqwise.methods import A2SF, Full, LazyEviction, Recent, SnapKV, TidalDecode, TokenRecycling, ZipCache
 
+PACKED = pytest.mark.xfail(reason="Packed.select does not repeat the codes of a single sample", strict=True)
 TINY = Recent(budget=6, sinks=1)
 CONTEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps."
 PAIRS = [
@@ -78,7 +79,7 @@ def folder(tmp_path_factory):
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(path)
     config = LlamaConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=200, initializer_range=0.3, eos_token_id=256, bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)
@@ -117,7 +118,7 @@ def scored(lm, pairs=PAIRS):
 
 def assert_close(found, expected):
     assert [one[1] for one in found] == [one[1] for one in expected]
-    assert [one[0] for one in found] == pytest.approx([one[0] for one in expected], abs=1e-4)
+    assert [one[0] for one in found] == pytest.approx([one[0] for one in expected], rel=1e-6, abs=1e-4)
 
 
 # log-likelihood
@@ -166,9 +167,9 @@ def by_hand(model, tokenizer, method, context, continuation):
         A2SF(budget=0.3, recent=2),
         SnapKV(budget=12, window=4, recent=4),
         LazyEviction(budget=20, window=3),
-        TidalDecode(budget=6, start=1, correction=1),
-        ZipCache(),
-        Recent(budget=9) | ZipCache(),
+        TidalDecode(budget=6, start=0, correction=2),
+        pytest.param(ZipCache(), marks=PACKED),
+        pytest.param(Recent(budget=9) | ZipCache(), marks=PACKED),
     ],
     ids=str,
 )
@@ -373,12 +374,10 @@ def test_a_task_that_cannot_be_loaded(folder, tmp_path, capsys):
     assert "cannot load" in err and "bad.yaml" in err and "none.jsonl" in err
 
 
+@pytest.mark.slow  # reads the harness's whole index
 def test_a_close_name_is_told(own):
-    with pytest.raises(UsageError, match="unknown task 'own_chioce'.*close: own_choice"):
+    with pytest.raises(UsageError, match=r"unknown task 'own_chioce'.*close: own_choice"):
         lab._tasks(["own_chioce"], str(own))
-
-
-test_a_close_name_is_told = pytest.mark.slow(test_a_close_name_is_told)  # reads the harness's whole index
 
 
 def test_a_model_that_lacks_a_part(folder, own, capsys):

@@ -2,7 +2,7 @@
 
 One forward goes through here in this order:
     before_model   columns enter the ledger; image rows that a reducer dropped go; positions are placed
-    before_layer   layer 0 adopts the cache; stages cut rows; each layer gets its own rows' positions
+    before_layer   layer 0 adopts the cache; stages (`stages.py`) cut rows
     attend         the attention function: mask from slots, rewrite, sparse read, then retain and store
     after_model    the prompt's counts are closed
 """
@@ -24,8 +24,9 @@ from seqwise.core.errors import CacheError, PromptError, SeqwiseError, Unsupport
 from seqwise.core.ledger import Ledger, Rows
 from seqwise.core.method import Method
 from seqwise.core.observe import attention, attention_statistics, gathered_attention, probabilities
-from seqwise.core.segments import IMAGE, PAD, TEXT, Segments
+from seqwise.core.segments import PAD, Segments
 from seqwise.core.select import compact
+from seqwise.core.stages import Captured, StageDriver
 from seqwise.core.towers import TowerDriver
 from seqwise.core.views import Block, Read, Stage, Transition
 from seqwise.core.visible import Visible
@@ -63,13 +64,6 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-class _Captured(Exception):
-    """Carries a layer's query and key out of its attention, where nothing else of the layer is wanted."""
-
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None) -> None:
-        self.query, self.key, self.value, self.scaling, self.softcap = query, key, value, scaling, softcap
-
-
 @dataclass
 class Account:
     """Attention work and what became of the rows, counted on the host."""
@@ -103,19 +97,12 @@ class Engine:
         self.depth: Tensor | None = None  # (N,) of the draft's nodes
         self.deferred: dict[int, tuple[Tensor, float, float | None]] | None = None
         self.shared: dict[str, Any] = {}
-        self.row_state: dict[str, Tensor] = {}
-        self._probing = False
-        self._previous: tuple[Tensor, Tensor, Tensor] = (torch.zeros(0),) * 3  # of the layer in front of a stage
+        self.probing = False  # a layer runs only to show its query and key
         self._last_before: Tensor = torch.zeros(0)  # the newest position before the current rows
-        self._positions: dict[str, Any] = {}
         self._undos: list[Callable[[], Any]] = []
         self.towers: TowerDriver | None = None
-        self.stages: tuple[int, ...] = ()
-        self.watched: tuple[int, ...] = ()
         cutter = self.by_slot.get("layer.rows")
-        if cutter is not None:
-            self.stages = cutter.stages(self.anatomy)
-            self.watched = cutter.watched(self.anatomy)
+        self.stages = StageDriver(self, cutter) if cutter is not None else None
 
     # attaching
 
@@ -135,15 +122,8 @@ class Engine:
         add(a.decoder.register_forward_hook(self._after_model).remove)
         for i, layer in enumerate(a.layers):
             add(layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True).remove)
-        for i in self.watched:
-            add(a.attentions[i].register_forward_hook(self._after_module(i, "attention"), with_kwargs=True).remove)
-            mlp = a.mlps[i]
-            assert mlp is not None
-            add(mlp.register_forward_hook(self._after_module(i, "mlp"), with_kwargs=True).remove)
-        if a.final_norm is not None and type(a.decoder).__name__ == "GPT2Model" and self.stages:
-            raise UnsupportedModel(
-                "GPT-2 restores its input's shape behind the last layer, so rows cannot be dropped between its layers"
-            )
+        if self.stages is not None:
+            self._undos += self.stages.install()
         pruner, reducer = self.by_slot.get("tower.rows"), self.by_slot.get("input.rows")
         if pruner is not None or reducer is not None:
             self.towers = TowerDriver(a, pruner, reducer, self._note_tower, lambda: self.plain)
@@ -195,8 +175,8 @@ class Engine:
         if fresh and ledger.expected is None and 0 in rows.lengths(B):
             raise PromptError("a prompt of the batch is empty (all padding); give each at least one token")
         self.shared = {}
-        self.row_state = {}
-        self._positions = {}
+        if self.stages is not None:
+            self.stages.reset()
         if fresh:
             for part in self.run.method.parts:
                 part.begin(self.run)
@@ -332,33 +312,11 @@ class Engine:
 
     def _before_layer(self, index: int) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            ledger = self.ledger
-            if self.plain or self._probing or ledger is None:
+            if self.plain or self.probing or self.ledger is None:
                 return None
             if index == 0:
-                self._adopt(hf.find_cache(args, kwargs), ledger)
-                self._positions = {
-                    name: kwargs[name]
-                    for name in ("position_embeddings", "position_ids")
-                    if kwargs.get(name) is not None
-                }
-            changed = False
-            if index in self.stages and ledger.phase == "prefill":
-                result = self._cut_rows(layer, index, args, kwargs)
-                if result is not None:
-                    args, kwargs = result
-                    changed = True
-            if index in ledger.shift and index and not ledger.fresh and ledger.phase == "decode":
-                self._shift_positions(index)
-            if self._positions.get("changed"):
-                kwargs = {
-                    **kwargs,
-                    **{n: self._positions[n] for n in ("position_embeddings", "position_ids") if n in self._positions},
-                }
-                if "attention_mask" in kwargs:
-                    kwargs["attention_mask"] = None
-                changed = True
-            return (args, kwargs) if changed else None
+                self._adopt(hf.find_cache(args, kwargs), self.ledger)
+            return None if self.stages is None else self.stages.before_layer(index, layer, args, kwargs)
 
         return hook
 
@@ -385,166 +343,6 @@ class Engine:
             if ledger.expected_columns is not None and ledger.columns >= ledger.expected_columns:
                 ledger.phase = "decode"
 
-    # rows between layers
-
-    def _cut_rows(self, layer: nn.Module, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
-        assert self.ledger is not None
-        if self.segments is None or not bool(self.segments.visual.any()):
-            return None
-        if not self.ledger.fresh:
-            raise PromptError(
-                "rows between layers can only be dropped from a prompt in one piece; use no chunked prefill"
-            )
-        rows = self.ledger.rows[index]
-        hidden = hf.hidden_argument(args, kwargs)
-        B, r = hidden.shape[:2]
-        order = rows.order.expand(B, -1)
-        live = torch.ones(B, r, dtype=torch.bool, device=hidden.device) if rows.live is None else rows.live
-        visual, image = self._row_types(order)
-        if "entered" not in self.ledger.facts:
-            images = torch.arange(int(image.max()) + 1, device=image.device)
-            self.ledger.facts["entered"] = (image[..., None] == images).sum(1)
-        entered = self.ledger.facts["entered"]
-        visible = Visible(
-            rows.order,
-            rows.order[:, None],
-            rows.live,
-            None if rows.live is None else rows.live[:, None],
-            True,
-            self.anatomy.windows[index],
-            0,
-        )
-        held: list[Any] = []
-
-        def project() -> Any:
-            if not held:
-                held.append(self._capture(layer, args, kwargs))
-            return held[0]
-
-        patches = self._patches(entered)
-        stage = Stage(
-            index, len(self.anatomy.layers), order, live, visual, image, entered, self.row_state, patches, project,
-            visible, self._previous,
-        )  # fmt: skip
-        cutter = self.by_slot["layer.rows"]
-        keep = cutter.keep_rows(stage)
-        if keep is None:
-            return None
-        keep = keep & live
-        if bool((keep == live).all()):
-            return None
-        picked, alive = compact(keep)
-        self.ledger.cut(index, picked, alive)
-        self.row_state = {name: value.gather(1, picked) for name, value in self.row_state.items()}
-        self.account.acted = True
-        self.note_kept(f"layer {index}", self.ledger.rows[index])
-        args, kwargs = hf.replace_hidden(
-            args, kwargs, hidden.gather(1, picked[..., None].expand(-1, -1, hidden.shape[-1]))
-        )
-        self._gather_positions(picked)
-        if getattr(cutter, "positions", "keep") == "renumber":
-            self._renumber(index, live, alive)
-        return args, kwargs
-
-    def _patches(self, entered: Tensor) -> Tensor:
-        """Patches of each image's tiles (B, images); without a tower driver, what entered."""
-        if self.towers is None or not self.towers.patches_per_image:
-            return entered
-        left = list(self.towers.patches_per_image)
-        rows = entered.tolist()
-        copies = sum(n > 0 for row in rows for n in row) // len(left)  # beams repeat each sample
-        patches = [[left.pop(0) if n else 0 for n in row] for row in rows[::copies]]
-        return torch.tensor(patches, device=entered.device).repeat_interleave(copies, dim=0)
-
-    def _row_types(self, order: Tensor) -> tuple[Tensor, Tensor]:
-        """visual and image of the rows with these original positions, from the prompt's segments."""
-        assert self.segments is not None and self.ledger is not None
-        base = self.ledger.facts.get("types")
-        if base is None:
-            first = self.ledger.rows[0].order.expand(
-                order.shape[0], -1
-            )  # (B, q) original position of each segment column
-            n = int(first.max()) + 1
-            place = torch.where(first >= 0, first, n)
-            kind = torch.full((order.shape[0], n + 1), PAD, device=order.device).scatter(1, place, self.segments.type)
-            image = torch.full_like(kind, -1).scatter(1, place, self.segments.image)
-            base = self.ledger.facts["types"] = (kind, image)
-        at = torch.where(order >= 0, order, base[0].shape[1] - 1)
-        real = order >= 0
-        return (base[0].gather(1, at) == IMAGE) & real, torch.where(real, base[1].gather(1, at), -1)
-
-    def _capture(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Runs a layer just up to its attention and takes query, key and value: norms, projections and RoPE are the
-        model's own, of whatever family."""
-        kwargs = {
-            **kwargs,
-            **{n: self._positions[n] for n in ("position_embeddings", "position_ids") if n in self._positions},
-        }
-        kwargs = {name: None if hf.is_cache(value) else value for name, value in kwargs.items()}
-        args = tuple(None if hf.is_cache(value) else value for value in args)
-        self._probing = True
-        try:
-            layer.forward(*args, **kwargs)
-        except _Captured as found:
-            return found.query, found.key, found.value, found.scaling, found.softcap
-        finally:
-            self._probing = False
-        raise SeqwiseError(f"{type(layer).__name__} ran without its attention function")
-
-    def _gather_positions(self, index: Tensor) -> None:
-        """The rows' own RoPE tables and ids for all layers from here on."""
-        B, k = index.shape
-        embeddings = self._positions.get("position_embeddings")
-        if isinstance(embeddings, tuple):
-            self._positions["position_embeddings"] = tuple(_gather_rows(x, index) for x in embeddings)
-        ids = self._positions.get("position_ids")
-        if ids is not None:
-            self._positions["position_ids"] = ids.expand(*ids.shape[:-2], B, -1).gather(
-                -1, index.expand(*ids.shape[:-2], B, k)
-            )
-        self._positions["changed"] = True
-
-    def _renumber(self, index: int, before: Tensor, after: Tensor) -> None:
-        """Positions 0, 1, ... of the survivors, and later tokens lowered by as much at this stage's layers."""
-        assert self.ledger is not None
-        dropped = before.sum(-1) - after.sum(-1)
-        earlier = [self.ledger.shift[s] for s in sorted(self.ledger.shift) if 0 < s < index]
-        self.ledger.shift[index] = earlier[-1] + dropped if earlier else dropped
-        self._rotate((after.cumsum(-1) - 1).clamp(min=0))
-
-    def _shift_positions(self, index: int) -> None:
-        assert self.ledger is not None
-        ids = self._positions.get("position_ids")
-        if ids is None:
-            raise UnsupportedModel("this model tells its layers no positions; use positions='keep'")
-        # what was dropped at the input is already off: `_placed` saw to it
-        base = self._positions.setdefault("original", ids.expand(self.ledger.batch, -1))
-        self._rotate(base - self.ledger.shift[index][:, None])
-
-    def _rotate(self, ids: Tensor) -> None:
-        rotary = getattr(self.anatomy.decoder, "rotary_emb", None)
-        if rotary is None:
-            raise UnsupportedModel("this model has no rotary embedding to renumber; use positions='keep'")
-        like = self._positions["position_embeddings"][0]
-        self._positions["position_ids"] = ids
-        self._positions["position_embeddings"] = rotary(like, position_ids=ids)
-        self._positions["changed"] = True
-
-    def _after_module(self, index: int, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if self.plain or self._probing or self.ledger is None or self.ledger.phase != "prefill":
-                return
-            if self.segments is None:
-                return
-            rows = self.ledger.rows[index]
-            self.by_slot["layer.rows"].observe_transition(
-                Transition(
-                    index, name, hf.hidden_argument(args, kwargs), hf.hidden_of(output), rows.live, self.row_state
-                )
-            )
-
-        return hook
-
     # attention
 
     def _tower_site(self, index: int) -> Callable[..., Tensor]:
@@ -561,8 +359,8 @@ class Engine:
             query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float, **kw: Any
         ) -> Tensor:
             softcap = kw.get("softcap")
-            if self._probing:
-                raise _Captured(query, key, value, scaling, softcap)
+            if self.probing:
+                raise Captured(query, key, value, scaling, softcap)
             if self.plain or self.ledger is None:
                 visible = Visible.of(
                     query.shape[2],
@@ -632,8 +430,8 @@ class Engine:
         rewriter = self.by_slot.get("attention.probs")
         if rewriter is not None:
             out = self._rewrite(rewriter, index, query, key, value, out, visible, layer, scaling, softcap, lse)
-        if index + 1 in self.stages and ledger.phase == "prefill":
-            self._previous = (query, key, value)
+        if self.stages is not None and index + 1 in self.stages.layers and ledger.phase == "prefill":
+            self.stages.previous = (query, key, value)
         if layer is not None and watching:
             if self.deferred is not None:
                 self.deferred[index] = (query, scaling, softcap)
@@ -793,13 +591,6 @@ def _model_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | Non
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
-    """RoPE tables (..., B or 1, r, D) at rows index (B, k)."""
-    B, k = index.shape
-    x = x.expand(*x.shape[:-3], B, -1, -1)
-    return x.gather(-2, index[..., None].expand(*x.shape[:-3], B, k, x.shape[-1]))
-
-
 def _gather_segments(segments: Segments, index: Tensor, live: Tensor) -> Segments:
     def pick(x: Tensor, fill: int) -> Tensor:
         return x.gather(1, index).masked_fill(~live, fill)
@@ -818,4 +609,4 @@ def _weighted(p: Tensor, value: Tensor) -> Tensor:
     return grouped.reshape(B, H, q, value.shape[-1])
 
 
-__all__ = ["TEXT", "Account", "Block", "Engine", "Read", "Stage", "Transition", "attend"]
+__all__ = ["Account", "Block", "Engine", "Read", "Stage", "Transition", "attend"]

@@ -55,6 +55,7 @@ except ImportError as error:
         f"seqwise eval needs lm-evaluation-harness ({error}): pip install 'seqwise[eval]', or pip install lm-eval"
     ) from error
 
+logger = logging.getLogger(__name__)
 SCHEMA = "seqwise.eval/1"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
@@ -102,12 +103,16 @@ class MethodLM(HFLM):
         if self.method is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         members: dict[tuple[int, ...], list[int]] = defaultdict(list)  # prompt -> requests that continue it
+        cut = 0
         for i, (text, context, continuation) in enumerate(requests):
             count = len(continuation)
             if not 0 < count <= self.max_length:
                 shown = "" if text is None else f" for {text[1][:60]!r}"
                 raise UsageError(f"a continuation must have 1 to {self.max_length} tokens, got {count}{shown}")
+            cut += len(context) + count > self.max_length + 1
             members[tuple((context + continuation)[-self.max_length - 1 : -count])].append(i)
+        if cut:
+            logger.warning("%d contexts do not fit into %d positions and lose their beginning", cut, self.max_length)
         answers = [(0.0, False)] * len(requests)
         with self._attached() as run, tqdm(total=len(requests), disable=disable_tqdm, desc=str(self.method)) as bar:
             for prompt in sorted(members, key=len, reverse=True):  # what does not fit into memory fails at once
@@ -199,8 +204,8 @@ class MethodLM(HFLM):
 class Settings:
     """What to evaluate, in the words of the command line; None stands for the default.
 
-    tasks: names, patterns ("mmlu_*") or .yaml files. include_path: a folder with more task files. limit: documents per
-    task. batch_size: as in `MethodLM`.
+    tasks: names, patterns ("mmlu_*") or .yaml files; commas separate several in one text. include_path: a folder with
+    more task files. limit: documents per task. batch_size: as in `MethodLM`.
     """
 
     tasks: Sequence[str]
@@ -218,6 +223,7 @@ class Settings:
         for name, value in (("limit", self.limit), ("batch-size", self.batch_size)):
             if value is not None and value < 1:
                 raise UsageError(f"--{name} must be a whole number >= 1, got {value}")
+        object.__setattr__(self, "tasks", tuple(name for text in self.tasks for name in text.split(",") if name))
         if not self.tasks:
             raise UsageError("--tasks must name at least one task, or a task's .yaml file")
         if self.include_path is not None and not Path(self.include_path).is_dir():
@@ -282,7 +288,6 @@ def _tasks(names: Sequence[str], include_path: str | None) -> Any:
 
     Its own index of some ten thousand tasks takes half a minute to read, so it is read only where it is needed.
     """
-    names = [name for text in names for name in text.split(",") if name]
     for name in names:
         if _is_file(name) and not Path(name).expanduser().is_file():
             raise UsageError(f"no task file at {name}")

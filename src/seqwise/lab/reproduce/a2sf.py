@@ -134,7 +134,7 @@ REPRODUCTION = Reproduction(
         "A two-layer model of one-hop recall instead of LLaMA-2-7B and OPT on language tasks; 4 protected recent slots "
         "instead of 16, since the whole prompt has 58 tokens. Eviction at every step, as in the paper. Looked at "
         "afterwards: accuracy with 24 and 16 slots is 0.62 and 0.51 for alpha 1, 0.66 and 0.55 for 0.98, 0.78 and 0.69 "
-        "for 0.9, 0.70 and 0.58 for 0.7, 0.54 and 0.42 for 0.3, 0.46 and 0.35 for 0.1. The two claims that fail are "
+        "for 0.9, 0.70 and 0.58 for 0.7, 0.54 and 0.42 for 0.3, 0.46 and 0.35 for 0.1. The four claims that fail are "
         "not the paper's: a row of this model attends to the one item it asks for, so the last rows alone know no "
         "more than chance does of the items asked for next."
     ),

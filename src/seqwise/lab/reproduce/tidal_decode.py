@@ -223,7 +223,11 @@ REPRODUCTION = Reproduction(
     claims=CLAIMS,
     measure=measure,
     seeds=(0, 1, 2),
-    notes="",
+    notes=(
+        "Six recall layers, s = 1, c = 4, 64 tokens. Diagnostics, not claims: layers' own top 4 and top 8 overlap with "
+        "the persisted ones by 0.06 to 0.08 and 0.11 to 0.16, chance being 0.06 and 0.12; with k = 2, 4 or 8 selected "
+        "and random positions both answer as well as full attention to within 0.01."
+    ),
     not_testable={
         "persistence": "a six-layer recall model finishes its lookup in the selection layer; the overlap of its "
         "layers' top k is reported as a diagnostic",
