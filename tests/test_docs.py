@@ -1,17 +1,27 @@
-"""The documentation builds without a network, one page per paper, and no link inside it is dead."""
+"""The documentation builds without a network, no link inside it is dead, and what the guide shows is true."""
 
+import ast
 import importlib.util
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+import typer.main
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from seqwise.lab import catalogue
+from seqwise import cli
+from seqwise.lab import catalogue, zoo
 from seqwise.lab.catalogue import Paper
+from seqwise.testing import FAMILIES
 
 BUILD = Path(__file__).resolve().parents[1] / "docs" / "build.py"
+GUIDE = sorted((BUILD.parent / "guide").glob("*.md"))
+RUNS = ("index", "methods", "eval")  # pages whose Python runs as it stands, with tiny models for the named ones
 
 
 class Links(HTMLParser):
@@ -93,3 +103,99 @@ def test_an_implemented_papers_page_shows_what_is_known(docs, tmp_path, monkeypa
         assert shown in page
     row = re.sub(r"\s+", "", (tmp_path / "site/contract.html").read_text(encoding="utf-8"))
     assert "<td>llama</td><td>yes</td><td>1,2</td>" in row
+
+
+# the guide's examples
+
+
+def blocks(page, language=None):
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if language in (None, name)]
+
+
+@pytest.fixture
+def tiny_models(tmp_path, monkeypatch):
+    """Whatever the guide names: a Llama and its tokenizer of bytes, a LLaVA and a processor with one prompt."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.2, bos_token_id=0, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    family = FAMILIES["llava"]
+
+    class Processor:
+        image_token_id = family.tiny().config.image_token_id
+        tokenizer = None
+
+        def apply_chat_template(self, messages, **options):
+            return family.prompt(20)
+
+    for name, made in {
+        "AutoModelForCausalLM": transformers.LlamaForCausalLM(config).eval(),
+        "AutoTokenizer": transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="!", eos_token="~"),
+        "AutoModelForImageTextToText": family.tiny(),
+        "AutoProcessor": Processor(),
+    }.items():
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", lambda *args, made=made, **kwargs: made)
+    model, tokenizer = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+    monkeypatch.setattr(zoo, "load_model", lambda: (model.from_pretrained(), tokenizer.from_pretrained()))
+    monkeypatch.chdir(tmp_path)
+
+
+def run_example(code: str, namespace: dict) -> int:
+    """Runs a block. `# -> value` behind an expression is its value, `# raises Error: words` what a statement raises;
+    returns how many such claims were checked."""
+    lines, checked = code.splitlines(), 0
+
+    def run(statements):
+        nonlocal checked
+        for node in statements:
+            raised = re.search(r"# raises (\w+): (.*)$", lines[node.end_lineno - 1])
+            value = re.search(r"# -> (.*)$", lines[node.end_lineno - 1])
+            part = compile(ast.Module([node], []), "guide", "exec")
+            if raised:
+                with pytest.raises(Exception, match=re.escape(raised[2])) as caught:
+                    exec(part, namespace)
+                assert caught.typename == raised[1], ast.unparse(node)
+            elif value:
+                found = eval(compile(ast.Expression(node.value), "guide", "eval"), namespace)
+                assert found == eval(value[1], namespace), f"{ast.unparse(node)} is {found!r}"
+            else:
+                exec(part, namespace)
+            checked += bool(raised or value)
+
+    run(ast.parse(code).body)
+    return checked
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_guides_python_runs_and_does_what_it_says(name, tiny_models, capsys):
+    page = next(page for page in GUIDE if page.stem == name)
+    namespace: dict = {}
+    checked = [run_example(block, namespace) for block in blocks(page, "python")]
+    assert checked
+    claims = sum(block.count("# -> ") + block.count("# raises ") for block in blocks(page, "python"))
+    assert sum(checked) == claims, "a claim stands where none is checked"
+    if name == "index":  # whose numbers are the real model's
+        (shown,) = blocks(page, "")
+        assert re.sub(r"[\d.]+", "N", capsys.readouterr().out) == re.sub(r"[\d.]+", "N", shown)
+
+
+def test_a_wrong_claim_is_noticed():
+    for code in ("1 + 1  # -> 3", "int('x')  # raises ValueError: other words", "int('x')  # raises KeyError: invalid"):
+        with pytest.raises((AssertionError, pytest.fail.Exception)):
+            run_example(code, {})
+
+
+@pytest.mark.parametrize("page", [*GUIDE, BUILD.parents[1] / "README.md"], ids=lambda page: page.stem)
+def test_the_commands_are_those_that_there_are(page):
+    group = typer.main.get_command(cli.app)
+    for block in blocks(page):
+        for line in block.splitlines():
+            if line.startswith("seqwise "):
+                _, name, *words = shlex.split(line, comments=True)
+                group.commands[name].make_context(name, words)

@@ -170,10 +170,13 @@ def evaluate(
     ] = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness under a method."""
+    from transformers.utils import logging
+
     from seqwise.lab import lm_eval
     from seqwise.lab.compare import check_writable
     from seqwise.lab.files import write_json
 
+    logging.disable_progress_bar()
     if out is not None:
         check_writable(out, "--out")
     settings = lm_eval.Settings(

@@ -5,6 +5,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from seqwise.lab import catalogue
 from seqwise.testing import FAMILIES, contract, examples, record
 
@@ -57,3 +59,15 @@ def test_the_table_method_by_family(tmp_path, monkeypatch):
     assert '<td>Recent</td><td><b>failed</b></td><td></td><td title="failed: so">failed</td>' in page
     assert "<dd>chunked prefill: no &lt;images&gt;</dd>" in page
     assert '<a href="papers/fopru.html">' in page and 'href="papers/Recent.html"' not in page
+
+
+def test_the_command_fails_only_if_something_failed(monkeypatch):
+    command = importlib.import_module("seqwise.testing.__main__")
+    entry = {"family": "llama", "passed": True, "items": [1], "matrix": {"gpt2": "refused: no", "llava": "1"}}
+    monkeypatch.setattr(command, "record", lambda: {"Good": entry})
+    with pytest.raises(SystemExit) as exit_:
+        command.main()
+    assert exit_.value.code == 0
+    monkeypatch.setattr(command, "record", lambda: {"Bad": {**entry, "failed": "failed: x"}, "Good": entry})
+    with pytest.raises(SystemExit, match=r"^Bad on llama: failed: x$"):
+        command.main()

@@ -44,6 +44,14 @@ doc_to_target: gold
 doc_to_choice: choices
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """,
+    "letter": """
+output_type: multiple_choice
+doc_to_text: "{{question}} Answer:"
+doc_to_target: 0
+doc_to_choice: ["A", "B", "BC"]
+target_delimiter: ""
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+""",
     "reply": """
 output_type: generate_until
 doc_to_text: "{{question}} Answer:"
@@ -315,6 +323,14 @@ def test_the_table(folder, own, capsys):
     assert "own_choice" in out and "acc ↑" in out and "±" in out and "never acted" in out
     assert run("eval", "--model", folder, "--tasks", own / "choice.yaml", "--method", "Recent(budget=5)") == 0
     assert "never acted" not in capsys.readouterr().out
+
+
+def test_choices_of_one_token_are_counted(folder, own, capsys):
+    """The prompt's last row predicts them, so what happens to the cache afterwards cannot show."""
+    document = evaluated(capsys, folder, "--tasks", own / "letter.yaml", "--method", TINY)
+    plain = evaluated(capsys, folder, "--tasks", own / "letter.yaml")
+    assert document["acted"] and document["rows"][0]["value"] == plain["rows"][0]["value"]
+    assert document["notes"][0].startswith("10 of 15 continuations have one token") and plain["notes"] == []
 
 
 def test_a_plugin(folder, own, tmp_path, capsys):

@@ -110,8 +110,12 @@ def replace_hidden(
     return (hidden, *args[1:]), kwargs
 
 
-def tiles_per_tile(owner: nn.Module, image_sizes: Any) -> list[int]:
-    """For each tile of a tiled model's batch, how many tiles its image has; empty for models without tiles."""
+def tiles_per_tile(owner: nn.Module, arguments: dict[str, Any]) -> list[int]:
+    """For each tile of a tiled model's batch, how many tiles its image has; empty for models without tiles.
+
+    arguments: of `get_image_features`. Where a sample has several images (LLaVA-OneVision), each is one tile.
+    """
+    image_sizes = arguments.get("image_sizes")
     count = getattr(sys.modules[type(owner).__module__], "image_size_to_num_patches", None)
     if image_sizes is None or count is None:
         return []
@@ -120,6 +124,10 @@ def tiles_per_tile(owner: nn.Module, image_sizes: Any) -> list[int]:
         count(image_size=size, grid_pinpoints=config.image_grid_pinpoints, patch_size=config.vision_config.image_size)
         for size in image_sizes
     ]
+    per_sample = arguments.get("batch_num_images")
+    if per_sample is not None:
+        alone = [int(n) == 1 for n in per_sample for _ in range(int(n))]
+        counts = [n if single else 1 for n, single in zip(counts, alone, strict=True)]
     return [n for n in counts for _ in range(n)]
 
 

@@ -176,6 +176,8 @@ class Run:
             self._new_turn = False
             looper = self.engine.by_slot.get("decode.loop")
             if looper is not None:
+                if kwargs.get("streamer") is not None:
+                    raise PromptError(f"{looper} has no stream of single tokens; use no streamer")
                 kwargs["custom_generate"] = self._loop(looper)
             try:
                 return original(inputs, *args, **kwargs)
@@ -202,6 +204,8 @@ class Run:
     def _loop(self, looper: Method) -> Callable[..., Any]:
         def custom(model: Any, input_ids: Tensor, logits_processor: Any = None, stopping_criteria: Any = None,
                    generation_config: Any = None, **kwargs: Any) -> Tensor:  # fmt: skip
+            if getattr(generation_config, "return_dict_in_generate", False):
+                raise PromptError(f"{looper} returns ids only; use return_dict_in_generate=False")
             if getattr(generation_config, "num_beams", 1) not in (None, 1):
                 raise PromptError(f"{looper} does not search beams; use num_beams=1")
             if input_ids.shape[0] != 1:
@@ -455,7 +459,7 @@ class Loop:
         engine = self.run.engine
         engine.tree, engine.depth, engine.deferred = sees, depth, {}
         try:
-            ledger = engine.ledger
+            ledger = engine.ledger if self._cache is not None and self._cache.get_seq_length() else None
             start = (
                 ledger.length
                 if ledger is not None and ledger.columns and ledger.length is not None

@@ -8,6 +8,7 @@ image rows of the language model's input go.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,7 +204,7 @@ class TowerDriver:
         if self.resting():
             return original(*args, **kwargs)
         self._layers, self._kept, self._packing = {}, None, None
-        self._tiles = hf.tiles_per_tile(self.vision.owner, kwargs.get("image_sizes"))
+        self._tiles = hf.tiles_per_tile(self.vision.owner, inspect.signature(original).bind(*args, **kwargs).arguments)
         N = self.vision.grid[0] * self.vision.grid[1]
         self.patches_per_image = []
         at = 0

@@ -81,6 +81,7 @@ class MethodLM(HFLM):
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.method = method
         self.acted = False
+        self.continuations = self.single = 0  # scored under the method, and those of one token
         self._run: Run | None = None
 
     @contextmanager
@@ -109,6 +110,7 @@ class MethodLM(HFLM):
             if not 0 < count <= self.max_length:
                 shown = "" if text is None else f" for {text[1][:60]!r}"
                 raise UsageError(f"a continuation must have 1 to {self.max_length} tokens, got {count}{shown}")
+            self.continuations, self.single = self.continuations + 1, self.single + (count == 1)
             cut += len(context) + count > self.max_length + 1
             members[tuple((context + continuation)[-self.max_length - 1 : -count])].append(i)
         if cut:
@@ -263,6 +265,7 @@ def evaluate(settings: Settings, console: Console | None = None) -> dict[str, An
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "acted": lm.acted,
         "rows": _rows(found),
+        "notes": _notes(lm),
     }
 
 
@@ -271,6 +274,7 @@ def table(document: dict[str, Any]) -> Table:
     method = document["settings"]["method"]
     silent = "" if document["acted"] or method == PLAIN else " (never acted: these are the plain model's numbers)"
     grid = Table(box=SIMPLE_HEAD, title=f"{method}{silent}", title_justify="left", padding=(0, 1, 0, 0))
+    grid.caption, grid.caption_justify = "\n".join(document["notes"]) or None, "left"
     for name in ("task", "metric", "filter", "n", "value", "± standard error"):
         grid.add_column(name, justify="right" if name in ("n", "value") else "left", overflow="fold")
     for row in document["rows"]:
@@ -350,6 +354,15 @@ def _rows(found: dict[str, Any]) -> list[dict[str, Any]]:
                     }
                 )
     return rows
+
+
+def _notes(lm: MethodLM) -> list[str]:
+    if not lm.single:
+        return []
+    return [
+        f"{lm.single} of {lm.continuations} continuations have one token, which the prompt's own last row predicts: "
+        "what a method does to the cache afterwards cannot change their scores"
+    ]
 
 
 def _number(value: Any) -> float | None:
