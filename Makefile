@@ -28,6 +28,7 @@ test: $(DEV) ## the tests that take seconds
 
 contract: $(DEV) ## the whole method contract: every method on every model family
 	$(PYTEST) -m "slow or not slow" tests/contract
+	$(BIN)/python -m seqwise.testing
 
 lint: $(DEV) ## style, types, and the arrows between packages
 	$(BIN)/ruff check .

@@ -18,7 +18,6 @@ from seqwise.lab.lm_eval import MethodLM
 from seqwise.lab.zoo import load_model
 from seqwise.methods import A2SF, Full, LazyEviction, Recent, SnapKV, TidalDecode, TokenRecycling, ZipCache
 
-PACKED = pytest.mark.xfail(reason="Packed.select does not repeat the codes of a single sample", strict=True)
 TINY = Recent(budget=6, sinks=1)
 CONTEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps."
 PAIRS = [
@@ -176,8 +175,8 @@ def by_hand(model, tokenizer, method, context, continuation):
         SnapKV(budget=12, window=4, recent=4),
         LazyEviction(budget=20, window=3),
         TidalDecode(budget=6, start=0, correction=2),
-        pytest.param(ZipCache(), marks=PACKED),
-        pytest.param(Recent(budget=9) | ZipCache(), marks=PACKED),
+        ZipCache(),
+        Recent(budget=9) | ZipCache(),
     ],
     ids=str,
 )

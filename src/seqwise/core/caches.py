@@ -111,7 +111,7 @@ class SlotLayer(CacheLayerMixin):
         self.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.select(torch.arange(self.ledger.batch).repeat_interleave(repeats))
+        self.select(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
     # slots
 

@@ -157,6 +157,14 @@ def joined_outputs(outputs: list[Any]) -> Any:
     return type(first)(**{name: join([output[name] for output in outputs]) for name in first})
 
 
+def generated(ids: Tensor, cache: Any) -> Any:
+    """What `generate(return_dict_in_generate=True)` returns, without scores."""
+    from transformers.generation import GenerateDecoderOnlyOutput
+
+    name = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+    return GenerateDecoderOnlyOutput(sequences=ids, **{name: cache})
+
+
 def text_config(model: nn.Module) -> Any:
     config: Any = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,8 +77,12 @@ class Packed:
 
     def select(self, batch: Tensor) -> Packed:
         """Samples `batch` of the batch axis (beam search)."""
-        parts = {name: getattr(self, name) for name in ("codes", "minimum", "step", "scale")}
-        chosen = {name: x if x is None or x.shape[0] == 1 else x.index_select(0, batch) for name, x in parts.items()}
+
+        def pick(x: Tensor) -> Tensor:  # parameters may be shared by all samples
+            return x if x.shape[0] == 1 and self.codes.shape[0] != 1 else x.index_select(0, batch)
+
+        chosen: dict[str, Any] = {name: pick(getattr(self, name)) for name in ("codes", "minimum", "step")}
+        chosen["scale"] = None if self.scale is None else pick(self.scale)
         return replace(self, **chosen)
 
     @property

@@ -203,16 +203,16 @@ class Run:
 
     def _loop(self, looper: Method) -> Callable[..., Any]:
         def custom(model: Any, input_ids: Tensor, logits_processor: Any = None, stopping_criteria: Any = None,
-                   generation_config: Any = None, **kwargs: Any) -> Tensor:  # fmt: skip
-            if getattr(generation_config, "return_dict_in_generate", False):
-                raise PromptError(f"{looper} returns ids only; use return_dict_in_generate=False")
+                   generation_config: Any = None, **kwargs: Any) -> Any:  # fmt: skip
             if getattr(generation_config, "num_beams", 1) not in (None, 1):
                 raise PromptError(f"{looper} does not search beams; use num_beams=1")
             if input_ids.shape[0] != 1:
                 raise PromptError(f"{looper} decodes one prompt at a time, got a batch of {input_ids.shape[0]}")
-            return looper.decode(
-                Loop(self, model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
-            )
+            loop = Loop(self, model, input_ids, logits_processor, stopping_criteria, generation_config, kwargs)
+            ids = looper.decode(loop)
+            if getattr(generation_config, "return_dict_in_generate", False):
+                return hf.generated(ids, self.engine.cache)
+            return ids
 
         return custom
 

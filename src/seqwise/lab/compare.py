@@ -41,7 +41,7 @@ from seqwise.lab.zoo import load_model
 SCHEMA = "seqwise.compare/1"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_BUDGETS = ("0.5",)
-DEFAULT_METHODS = ("Recent", "Random", "H2O", "A2SF", "SnapKV", "ZipCache", "TidalDecode", "LazyEviction")
+DEFAULT_METHODS = ("Recent", "Random", "H2O", "A2SF", "SnapKV", "ZipCache", "TidalDecode", "LazyEviction(window=8)")
 DEFAULT_TASKS = ("needle", "Perplexity(continuation=16)")
 DEFAULT_LENGTHS, DEFAULT_PROMPTS = (512,), 5
 QUICK_METHODS = ("Recent", "A2SF", "SnapKV")
@@ -85,11 +85,9 @@ class Comparison:
 
     def __init__(self, settings: Settings, *, out: Path | None = None, resume: bool = False) -> None:
         self.notes: list[str] = []
-        known = load_methods(settings.plugins)
+        load_methods(settings.plugins)
         quick = settings.quick
-        names = settings.methods or [name for name in (QUICK_METHODS if quick else DEFAULT_METHODS) if name in known]
-        if not settings.methods and not quick and (absent := [name for name in DEFAULT_METHODS if name not in known]):
-            self.notes.append(f"not available in this version: {', '.join(absent)}")
+        names = settings.methods or (QUICK_METHODS if quick else DEFAULT_METHODS)
         budgets = settings.budgets or (() if settings.methods else DEFAULT_BUDGETS)
         self.methods = [method for method in parse_methods(names, budgets) if str(method) != PLAIN]
         self.tasks = {label(one): one for one in map(_task, settings.tasks or DEFAULT_TASKS)}

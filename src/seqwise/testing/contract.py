@@ -123,7 +123,7 @@ def generate(model: Any, batch: Batch, run: Run | None = None, steps: int = STEP
     """A greedy generation, under `run` where given."""
     options = {"do_sample": False, "max_new_tokens": steps, **options}
     out = model.generate(**batch, output_scores=True, return_dict_in_generate=True, **options)
-    ids, scores = (out, []) if isinstance(out, Tensor) else (out.sequences, list(out.scores))
+    ids, scores = (out, []) if isinstance(out, Tensor) else (out.sequences, list(out.scores or ()))
     return Seen(ids, scores, run, [] if run is None else run.kept())
 
 

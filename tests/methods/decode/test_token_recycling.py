@@ -258,7 +258,6 @@ def test_a_prompt_of_one_token():
         assert generate(model, ids).equal(generate(llama(), ids))
 
 
-@pytest.mark.xfail(strict=True, reason="the first draft is placed behind the prompt that came before")
 def test_a_prompt_of_one_token_after_another():
     model, ids = llama(), ids_of(1)
     with TokenRecycling(nodes=20).on(model):

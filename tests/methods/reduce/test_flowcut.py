@@ -416,7 +416,6 @@ def step(model, batch) -> torch.Tensor:
     return model.generate(**batch, **options).logits[0]
 
 
-@pytest.mark.xfail(strict=True, reason="these models' forward passes image_sizes positionally: tiles are not counted")
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
 def test_a_plain_forward_halves_the_target_of_a_tile_too(name):
     family = FAMILIES[name]
