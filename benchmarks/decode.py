@@ -152,7 +152,8 @@ def main() -> None:
         "kept": "{:.0f}".format,
         "agree": "{:.0%}".format,
     }
-    report(f"decoding after {n} tokens, budget {budget}, weights {weights / 2**20:.0f} MiB", rows, columns, options.json)
+    title = f"decoding after {n} tokens, budget {budget}, weights {weights / 2**20:.0f} MiB"
+    report(title, rows, columns, options.json)
 
 
 if __name__ == "__main__":

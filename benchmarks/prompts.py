@@ -32,9 +32,9 @@ def quiet() -> None:
 def prose(tokenizer: PreTrainedTokenizerBase, n: int) -> Tensor:
     """The first n tokens (1, n) of the prose that ships with Python.
 
-    Raises ValueError where there are fewer.
+    Ends the benchmark where there are fewer.
     """
     ids: Tensor = tokenizer("\n\n".join(paragraphs()), return_tensors="pt", verbose=False).input_ids
     if ids.shape[1] < n:
-        raise ValueError(f"tokens must be at most {ids.shape[1]} (all the prose there is), got {n}")
+        raise SystemExit(f"tokens must be at most {ids.shape[1]} (all the prose there is), got {n}")
     return ids[:, :n]

@@ -18,7 +18,7 @@ budget says, before anything is timed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -104,10 +104,10 @@ class Work:
 
     def __init__(self, model: LlavaForConditionalGeneration, batch: dict[str, Tensor], method: Method | None) -> None:
         tower, decoder = [*model.model.vision_tower.encoder.layers], [*model.model.language_model.layers]
-        with nullcontext() if method is None else method.on(model):
-            # behind the engine's own hooks: the rows as the layers get them
-            with counted_rows(tower) as self.tower, counted_rows(decoder) as self.decoder:
-                model(**batch, logits_to_keep=1)
+        attached: AbstractContextManager[Any] = nullcontext() if method is None else method.on(model)
+        # hooks that come after the engine's own see the rows as the layers get them
+        with attached, counted_rows(tower) as self.tower, counted_rows(decoder) as self.decoder:
+            model(**batch, logits_to_keep=1)
         config: Any = model.config
         self.operations = operations(self.tower, tower[0], config.vision_config.hidden_size, causal=False)
         self.operations += operations(self.decoder, decoder[0], config.text_config.hidden_size, causal=True)
@@ -151,11 +151,13 @@ def main() -> None:
         cases[str(method)] = lambda method=method: prefill(model, batch, method)  # type: ignore[misc]
     took = medians(cases, options.rounds)
     rows = []
-    for share, method, done in [(1.0, None, plain), *((share, method, work[method]) for share, method in chosen)]:
-        name = "plain" if method is None else str(method)
+    measured: list[tuple[float, Method | None, Work]] = [(1.0, None, plain)]
+    measured += [(share, method, work[method]) for share, method in chosen]
+    for share, pruner, done in measured:
+        name = "plain" if pruner is None else str(pruner)
         rows.append(
             {
-                "case": "plain" if method is None else type(method).__name__,
+                "case": "plain" if pruner is None else type(pruner).__name__,
                 "method": name,
                 "budget": share,
                 "rows": sum(done.decoder) / LAYERS,

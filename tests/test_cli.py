@@ -69,9 +69,7 @@ def test_help_exits_0(capsys):
     assert "papers" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "error", [UsageError("no [b]such[/b]\npaper: " + "x" * 200), ValueError("budget: got 2")]
-)
+@pytest.mark.parametrize("error", [UsageError("no [b]such[/b]\npaper: " + "x" * 200), ValueError("budget: got 2")])
 def test_a_users_mistake_is_one_line(monkeypatch, capsys, error):
     raising(monkeypatch, error, by="seqwise.somewhere")
     assert run("papers", "--json") == 2

@@ -1,9 +1,9 @@
 """seqwise: which tokens of a sequence matter, in what order they come, and what to do with them.
 
-    from seqwise.methods import A2SF, ZipCache
-    with (A2SF(budget=1024) | ZipCache()).on(model) as run:
-        model.generate(**batch)
-    print(run)
+from seqwise.methods import A2SF, ZipCache
+with (A2SF(budget=1024) | ZipCache()).on(model) as run:
+    model.generate(**batch)
+print(run)
 """
 
 from __future__ import annotations

@@ -31,9 +31,7 @@ def lacking(paper: Paper, tests: Path = TESTS) -> list[str]:
         f"result {paper.slug}.json": paper.result is not None,
     }
     if home.parts[0] == "methods":
-        parts[f"contract pass of {paper.slug}"] = (
-            paper.contract is not None and paper.contract["passed"] is True
-        )
+        parts[f"contract pass of {paper.slug}"] = paper.contract is not None and paper.contract["passed"] is True
     return [name for name, there in parts.items() if not there]
 
 
@@ -54,9 +52,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setattr(catalogue, "PACKAGE", package)
     paper = Paper(1, "new-one", "New", "2501.00001", "methods/cache/new_one.py", "implemented")
     sha256 = hashlib.sha256(paper.file.read_bytes()).hexdigest()
-    (package / "lab/results/new-one.json").write_text(
-        json.dumps({"verdict": "holds", "paper_sha256": sha256})
-    )
+    (package / "lab/results/new-one.json").write_text(json.dumps({"verdict": "holds", "paper_sha256": sha256}))
     return paper, package, tests
 
 
@@ -115,9 +111,7 @@ def test_each_missing_part_is_noticed(fake):
         part.unlink()
         assert len(lacking(paper, tests)) == 1, f"{part.name} is not missed"
         part.write_bytes(kept)
-    (package / "lab/results/contract.json").write_text(
-        '{"new-one": {"family": "llama", "passed": false, "items": []}}'
-    )
+    (package / "lab/results/contract.json").write_text('{"new-one": {"family": "llama", "passed": false, "items": []}}')
     assert lacking(paper, tests) == ["contract pass of new-one"]
 
 

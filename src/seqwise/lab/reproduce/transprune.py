@@ -208,7 +208,9 @@ REPRODUCTION = Reproduction(
     notes=(
         "A LLaVA-architecture model with four decoder layers and 36 image tokens instead of 32 and 576. By design "
         "the text does not see the image before layer 3, so that the image is still needed at the stages; the first of "
-        "three stages, behind layer 1, therefore has attention that was never trained on the image to go by."
+        "three stages, behind layer 1, therefore has attention that was never trained on the image to go by. Looked at "
+        "afterwards: the seed decides whether modules change objects or background more. Among the four largest TTV "
+        "behind layer 2 are 12 % of the object tokens at seed 0 (chance 11 %) and 74 % at seed 1."
     ),
     not_testable={"stacking": "no figure to compare with; that compositions run is the contract suite's matter"},
 )

@@ -149,8 +149,6 @@ def recall_accuracy(model: nn.Module, batch: RecallBatch) -> float:
 
 def _answer_logits(model: nn.Module, batch: RecallBatch) -> Tensor:
     device = next(model.parameters()).device
-    output = model(
-        input_ids=batch.input_ids.to(device), logits_to_keep=batch.targets.shape[1], use_cache=False
-    )
+    output = model(input_ids=batch.input_ids.to(device), logits_to_keep=batch.targets.shape[1], use_cache=False)
     logits: Tensor = output.logits
     return logits  # (B, Q, vocabulary)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from seqwise.core.errors import UsageError
-from seqwise.core.method import Method, param
+from seqwise.core.method import Method, budget_param
 from seqwise.core.select import top_k
 from seqwise.core.towers import Tower
 
@@ -59,7 +59,7 @@ class FoPru(Method):
     Tiles of one image are pruned apart. `rows="cls"` needs a tower with a CLS token.
     """
 
-    budget: float = param(0.25, gt=0, le=1, doc="share of each tile's visual tokens to keep")
+    budget: int | float = budget_param(0.25, "visual tokens kept of each tile")
     strategy: Literal["rank", "row"] = "rank"
     rows: Literal["all", "cls"] = "all"
 
@@ -73,8 +73,10 @@ class FoPru(Method):
 
     def keep_input(self, tower: Tower) -> Tensor:  # (tiles, k)
         s = significance(tower.received(rows=self.rows), tower.specials)
+        # a count as a share: half a token more, so that floor gives the count back
+        r = self.budget if isinstance(self.budget, float) else min(1.0, (self.budget + 0.5) / s.shape[-1])
         if self.strategy == "rank":
-            return rank_strategy(s, self.budget)
+            return rank_strategy(s, r)
         if tower.patches < tower.grid[0] * tower.grid[1]:
             raise UsageError("FoPru(strategy='row') needs whole rows, but the tower was pruned; use strategy='rank'")
-        return row_strategy(s, self.budget, tower.grid)
+        return row_strategy(s, r, tower.grid)

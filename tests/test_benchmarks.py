@@ -1,0 +1,155 @@
+"""Each benchmark runs at a tiny size, checks its results before it times, and prints JSON or a table."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def call(script, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "200"}
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def rows_of(script, *arguments):
+    done = call(script, *arguments, "--rounds", 1, "--threads", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["settings"].keys() >= {"torch", "transformers", "python", "processor", "threads"}
+    assert answer["settings"]["threads"] == 1
+    assert answer["rows"] and all(row["checked"] for row in answer["rows"])
+    return answer["rows"]
+
+
+@pytest.fixture(scope="module")
+def visual_pruning():
+    sys.path.insert(0, str(BENCHMARKS))  # the scripts share two modules beside them
+    try:
+        spec = importlib.util.spec_from_file_location("visual_pruning", BENCHMARKS / "visual_pruning.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+def test_attention_statistics():
+    (row,) = rows_of("attention_statistics.py", 65, "--shape", "smollm2")
+    assert row["tokens"] == 65 and row["fused"] > 0 and row["speedup"] == row["eager"] / row["streamed"]
+
+
+def test_a_table_names_the_versions(visual_pruning, capsys):
+    visual_pruning.report(
+        "speed", [{"case": "plain", "ratio": 1.0}, {"case": "ours"}], {"case": str, "ratio": str}, False
+    )
+    table = capsys.readouterr().out
+    assert "speed" in table and "ours" in table and "None" not in table
+    assert f"torch {torch.__version__}" in table and "threads" in table
+
+
+@pytest.mark.slow
+def test_prefill():
+    rows = {row["method"]: row for row in rows_of("prefill.py", 65)}
+    assert rows["plain"]["ratio"] == 1
+    assert {name.partition("(")[0]: row["kept"] for name, row in rows.items()} == {
+        **dict.fromkeys(("plain", "Full", "ZipCache"), 65),
+        **dict.fromkeys(("SnapKV", "Recent", "A2SF", "H2O"), 16),
+    }
+
+
+@pytest.mark.slow
+def test_prefill_says_why_kvpress_did_not_run():
+    done = call("prefill.py", 33, "--rounds", 1, "--kvpress", sys.executable)  # which has no kvpress
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "kvpress_prefill.py failed: kvpress is not installed here" in done.stderr
+
+
+def test_kvpress_script_without_kvpress_says_what_to_do():
+    done = call("kvpress_prefill.py")
+    assert done.returncode == 0 and not done.stdout  # `make bench` runs it, too
+    assert "kvpress is not installed here" in done.stderr and "prefill.py" in done.stderr
+
+
+@pytest.mark.slow
+def test_decode():
+    rows = {row["case"]: row for row in rows_of("decode.py", 65, "--budget", 16)}
+    plain, recent, tidal = rows["plain"], rows["recent"], rows["TidalDecode"]
+    assert plain["predicted"] == plain["measured"] == plain["agree"] == rows["full"]["agree"] == 1
+    assert rows["full"]["cache bytes"] == plain["cache bytes"]
+    assert recent["kept"] == 16 and rows["A2SF, prefill"]["kept"] == 16 + 2 * 16 and plain["kept"] == 65 + 2 * 16
+    weights = plain["weight bytes"]
+    assert recent["cache bytes"] == plain["cache bytes"] * 16 / plain["kept"]
+    assert recent["predicted"] == (weights + recent["cache bytes"]) / (weights + plain["cache bytes"])
+    # 30 layers: 0, 1, the two that select, and 26 that read 16 slots for each of three query heads per KV head
+    assert tidal["cache bytes"] == pytest.approx(plain["cache bytes"] * (4 + 26 * 48 / plain["kept"]) / 30)
+
+
+@pytest.mark.slow
+def test_cache_bytes():
+    rows = rows_of("cache_bytes.py", 200, "--budget", 50, "--chunk", 64)
+    stored = {(row["case"], row["type"]): row for row in rows if row["part"] == "storage"}
+    assert all(row["counted"] == row["claimed"] for row in stored.values())
+    assert stored["Full", "float32"]["of 16 bit"] == 0.5 and stored["Recent", "bfloat16"]["of 16 bit"] == 4
+    zipped = stored["ZipCache", "float32"], stored["ZipCache", "bfloat16"]
+    assert zipped[0]["counted"] == zipped[1]["counted"] and 4 < zipped[0]["of 16 bit"] < 5  # 3.2 bits and parameters
+    peaks = {row["case"]: row for row in rows if row["part"] == "peak"}
+    assert peaks["plain"]["cache peak"] == peaks["plain, chunks"]["cache peak"] == 30 * 3 * 200 * 128 * 4
+    assert peaks["A2SF, chunks"]["cache peak"] < 0.5 * peaks["plain"]["cache peak"]
+    assert all(row["memory peak"] > 0 for row in peaks.values())
+
+
+@pytest.mark.slow
+def test_token_recycling():
+    rows = {(row["prompts"], row["case"]): row for row in rows_of("token_recycling.py", 6)}
+    assert len(rows) == 2 * 8
+    for prompts in ("prose", "repetitive"):
+        assert rows[prompts, "greedy"]["forwards"] == rows[prompts, "greedy"]["time"] == 1
+    assert rows["repetitive", "prompt lookup"]["forwards"] < 1
+
+
+@pytest.mark.slow
+def test_visual_pruning():
+    rows = rows_of("visual_pruning.py", "--width", 256)
+    assert rows[0]["theory"] == rows[0]["measured"] == 1 and rows[0]["rows"] == 640
+    by_case = {(row["case"], row["budget"]): row for row in rows}
+    assert by_case["FoPru", 0.25]["rows"] == 64 + 144 and by_case["FoPru", 0.25]["tower rows"] == 577
+    assert by_case["FlowCut", 0.25]["tower rows"] < 577
+    theory = [by_case["FoPru", share]["theory"] for share in (0.5, 0.25, 0.125)]
+    assert 1 > theory[0] > theory[1] > theory[2] > 0
+
+
+def test_visual_pruning_needs_whole_heads(visual_pruning, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["visual_pruning.py", "--width", "300"])
+    with pytest.raises(SystemExit, match="2"):
+        visual_pruning.main()
+    assert "--width must be a multiple of 256, got 300" in capsys.readouterr().err
+
+
+def test_operations_are_those_that_run(visual_pruning):
+    n, width = 7, 256
+    with torch.device("meta"):
+        model = visual_pruning.llava(width)
+    model.set_attn_implementation("eager")
+    hidden = torch.empty(1, n, width, device="meta")
+    decoder = model.model.language_model.layers[0]
+    turn = torch.empty(1, n, visual_pruning.HEAD, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        decoder(hidden, position_embeddings=(turn, turn))
+    # eager attention computes the whole square, of which a causal kernel needs half
+    assert counter.get_total_flops() == visual_pruning.operations([n], decoder, width, causal=False)
+    half = visual_pruning.operations([n], decoder, width, causal=True)
+    assert counter.get_total_flops() - half == 2 * n * n * width
+    tower = model.model.vision_tower.encoder.layers[0]
+    with FlopCounterMode(display=False) as counter:
+        tower(torch.empty(1, n, width // 4, device="meta"), attention_mask=None)
+    assert 3 * counter.get_total_flops() == visual_pruning.operations([n] * 3, tower, width // 4, causal=False)
