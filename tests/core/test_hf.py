@@ -96,9 +96,9 @@ def test_tiles_of_a_batch():
     family = FAMILIES["llava_next"]
     owner = family.tiny().model
     sizes = torch.tensor([(16, 32), (28, 20)])  # two and four tiles, and the overview of each
-    assert hf.tiles_per_tile(owner, sizes) == [3] * 3 + [5] * 5
-    assert hf.tiles_per_tile(owner, None) == []
-    assert hf.tiles_per_tile(FAMILIES["llava"].tiny().model, sizes) == []
+    assert hf.tiles_per_tile(owner, {"image_sizes": sizes}) == [3] * 3 + [5] * 5
+    assert hf.tiles_per_tile(owner, {}) == []
+    assert hf.tiles_per_tile(FAMILIES["llava"].tiny().model, {"image_sizes": sizes}) == []
 
 
 def test_single_outputs_become_one_batch():

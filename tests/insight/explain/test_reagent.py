@@ -392,7 +392,7 @@ def test_refuses_targets_outside_the_vocabulary(target):
     "values, message",
     [
         ({"top_n": 0}, "ReAGent.top_n must be a whole number of tokens >= 1 or a share"),
-        ({"top_n": (2, 3)}, "ReAGent.top_n must be one number"),
+        ({"top_n": (2, 3)}, r"ReAGent.top_n must be .*got \(2, 3\)"),
         ({"top_k": 0}, "ReAGent.top_k must be >= 1, got 0"),
         ({"rho": 1.0}, r"ReAGent.rho must be in \(0, 1\), got 1.0"),
         ({"max_steps": 0}, "ReAGent.max_steps must be >= 1, got 0"),

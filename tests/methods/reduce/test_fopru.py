@@ -206,7 +206,7 @@ def test_a_prompt_without_image_is_left_alone(llava):
 def test_what_the_model_lacks_is_named():
     with pytest.raises(UnsupportedModel, match="vision tower"):
         FoPru().on(FAMILIES["llama"].tiny())
-    with pytest.raises(UnsupportedModel, match=r"FoPru\(rows='cls'\).*CLS token"):
+    with pytest.raises(UnsupportedModel, match=r"FoPru\(.*rows='cls'\).*CLS token"):
         FoPru(rows="cls").on(FAMILIES["llava_onevision"].tiny())
 
 
@@ -222,5 +222,17 @@ def test_whole_rows_of_a_pruned_tower_are_refused_and_ranking_goes_on_from_what_
 
 @pytest.mark.parametrize("budget", [0, -0.5, 1.5, True])
 def test_bad_budgets_are_refused(budget):
-    with pytest.raises(ValueError, match=r"FoPru\.budget must be .*share of each tile's visual tokens to keep"):
+    with pytest.raises(
+        ValueError, match=r"FoPru\.budget must be .*share in \(0\.0, 1\.0\].*visual tokens kept of each tile"
+    ):
         FoPru(budget=budget)
+
+
+@pytest.mark.parametrize("strategy", ["rank", "row"])
+def test_a_whole_number_counts_tokens(llava, strategy):
+    prompt = FAMILIES["llava"].prompt(7)
+    _, run = logits(llava, prompt, FoPru(budget=5, strategy=strategy))
+    vision = llava.config.vision_config
+    width = vision.image_size // vision.patch_size
+    visual = [p for p in run.kept()[0]["input"] if prompt["input_ids"][0, p] == IMAGE]
+    assert len(visual) == (5 if strategy == "rank" else max(1, 5 // width) * width)

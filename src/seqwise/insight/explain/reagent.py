@@ -130,9 +130,6 @@ class ReAGent(Explainer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        top_n: Any = self.top_n
-        if isinstance(top_n, tuple):
-            raise ValueError(f"ReAGent.top_n must be one number of positions or share, got {top_n}")
         if self.overlap > self.probes:
             raise ValueError(f"ReAGent.overlap must be <= probes = {self.probes}, got {self.overlap}")
 
