@@ -484,7 +484,15 @@ def test_a_real_ctrl_c(folder, tmp_path):
     options = ["--task", "needle", "--method", "Recent", "--length", "160", "--prompts", "100", "--out", str(out)]
     command = [sys.executable, "-m", "seqwise.cli", "compare", "--model", folder, *options]
     env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell that runs the tests in the background lets its children ignore SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     limit = time.monotonic() + 60
     while not out.exists() and time.monotonic() < limit and process.poll() is None:
         time.sleep(0.1)
