@@ -9,7 +9,9 @@ agree:      share of steps whose most likely token is the plain model's
 
 A step reads every weight once (the tied embedding as the head) and every slot's keys and values as they are stored.
 TidalDecode reads a whole layer where it selects and `budget` slots per query head elsewhere. ZipCache's packed bytes
-are what a kernel that unpacks in registers would read; here they are unpacked into memory first.
+are what a kernel that unpacks in registers would read; here they are unpacked into memory first. Nor does the model
+know that the plain model's cache is copied whole at each step and ours is not (the row "full"), that eviction at each
+step moves the slots that stay, and that TidalDecode first gathers what it reads.
 
 All cases are fed the same text that goes on after the prompt, in blocks of steps that take turns. Before, on a short
 prompt, the steps of every method under its identity settings must give the plain model's logits, and every cache must

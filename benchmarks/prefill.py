@@ -35,10 +35,10 @@ from transformers import PreTrainedModel
 from seqwise.core.method import Method
 from seqwise.core.run import Report
 from seqwise.lab.zoo import load_model
-from seqwise.methods import A2SF, H2O, Full, Recent, SnapKV, ZipCache
+from seqwise.methods import A2SF, H2O, Recent, SnapKV, ZipCache
 
 SHARE = 0.25
-METHODS = (Full(), SnapKV(budget=SHARE), Recent(budget=SHARE), ZipCache(), A2SF(budget=SHARE), H2O(budget=SHARE))
+METHODS = (SnapKV(budget=SHARE), Recent(budget=SHARE), ZipCache(), A2SF(budget=SHARE), H2O(budget=SHARE))
 AIMS = {"SnapKV": 1.03, "A2SF": 1.3, "H2O": 1.3}
 
 
@@ -69,7 +69,7 @@ def measure(model: PreTrainedModel, ids: Tensor, rounds: int) -> list[dict[str, 
     for method in METHODS:
         logits, facts = under(method, model, ids)
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
-        slots = n if isinstance(method, (Full, ZipCache)) else int(SHARE * n)
+        slots = n if isinstance(method, ZipCache) else int(SHARE * n)
         if set(facts.kept) != {float(slots)}:
             raise AssertionError(f"{method} must keep {slots} slots per layer and head, keeps {facts.kept}")
         kept[str(method)] = facts.kept[0]
@@ -106,7 +106,7 @@ def kvpress(python: str, model: PreTrainedModel, n: int, rounds: int, threads: i
 
 def main() -> None:
     parser = arguments("Prefill under each method, against the plain model's.")
-    parser.set_defaults(threads=1)
+    parser.set_defaults(threads=1, rounds=2)
     parser.add_argument("tokens", type=int, nargs="*", default=[2048], help="lengths of the prompt")
     parser.add_argument("--kvpress", metavar="PYTHON", help="an interpreter that has kvpress, to compare with")
     options = parser.parse_args()

@@ -62,7 +62,7 @@ def test_prefill():
     rows = {row["method"]: row for row in rows_of("prefill.py", 65)}
     assert rows["plain"]["ratio"] == 1
     assert {name.partition("(")[0]: row["kept"] for name, row in rows.items()} == {
-        **dict.fromkeys(("plain", "Full", "ZipCache"), 65),
+        **dict.fromkeys(("plain", "ZipCache"), 65),
         **dict.fromkeys(("SnapKV", "Recent", "A2SF", "H2O"), 16),
     }
 
@@ -96,22 +96,22 @@ def test_decode():
 
 @pytest.mark.slow
 def test_cache_bytes():
-    rows = rows_of("cache_bytes.py", 200, "--budget", 50, "--chunk", 64)
+    rows = rows_of("cache_bytes.py", 800, "--budget", 200, "--chunk", 256)
     stored = {(row["case"], row["type"]): row for row in rows if row["part"] == "storage"}
-    assert all(row["counted"] == row["claimed"] for row in stored.values())
+    assert all(row["counted"] == row["claimed"] and row["tokens"] == 200 for row in stored.values())
     assert stored["Full", "float32"]["of 16 bit"] == 0.5 and stored["Recent", "bfloat16"]["of 16 bit"] == 4
     zipped = stored["ZipCache", "float32"], stored["ZipCache", "bfloat16"]
     assert zipped[0]["counted"] == zipped[1]["counted"] and 4 < zipped[0]["of 16 bit"] < 5  # 3.2 bits and parameters
     peaks = {row["case"]: row for row in rows if row["part"] == "peak"}
-    assert peaks["plain"]["cache peak"] == peaks["plain, chunks"]["cache peak"] == 30 * 3 * 200 * 128 * 4
+    assert peaks["plain"]["cache peak"] == peaks["plain, chunks"]["cache peak"] == 30 * 3 * 800 * 128 * 4
     assert peaks["A2SF, chunks"]["cache peak"] < 0.5 * peaks["plain"]["cache peak"]
     assert all(row["memory peak"] > 0 for row in peaks.values())
 
 
 @pytest.mark.slow
 def test_token_recycling():
-    rows = {(row["prompts"], row["case"]): row for row in rows_of("token_recycling.py", 6)}
-    assert len(rows) == 2 * 8
+    rows = {(row["prompts"], row["case"]): row for row in rows_of("token_recycling.py", 6, "--nodes", 10)}
+    assert len(rows) == 2 * 4
     for prompts in ("prose", "repetitive"):
         assert rows[prompts, "greedy"]["forwards"] == rows[prompts, "greedy"]["time"] == 1
     assert rows["repetitive", "prompt lookup"]["forwards"] < 1

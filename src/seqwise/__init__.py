@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seqwise.core.method import Method
-    from seqwise.core.segments import Segments, prepare
+    from seqwise.core.prepare import prepare
+    from seqwise.core.segments import Segments
 
 __version__ = "0.1.0"
 __all__ = ["Method", "Segments", "prepare"]
@@ -23,8 +24,12 @@ def __getattr__(name: str) -> Any:  # imports torch only when something of the e
         from seqwise.core.method import Method
 
         return Method
-    if name in ("Segments", "prepare"):
-        from seqwise.core import segments
+    if name == "Segments":
+        from seqwise.core.segments import Segments
 
-        return getattr(segments, name)
+        return Segments
+    if name == "prepare":
+        from seqwise.core.prepare import prepare
+
+        return prepare
     raise AttributeError(f"module 'seqwise' has no attribute {name!r}")

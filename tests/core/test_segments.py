@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from seqwise.core.errors import MissingExtra, PromptError
-from seqwise.core.segments import IMAGE, PAD, TEXT, Segments, prepare
+from seqwise.core.prepare import prepare
+from seqwise.core.segments import IMAGE, PAD, TEXT, Segments, by_order, look_up
 
 X = 90  # the image placeholder
 
@@ -40,12 +41,38 @@ def test_a_text_model_has_text_only():
 def test_every_fact_has_one_entry_per_token():
     good = torch.zeros(1, 4, dtype=torch.long)
     names = [spec.name for spec in fields(Segments)]
+    values = dict.fromkeys(names, good) | {"box": torch.zeros(1, 4, 4)}
     for name in names[1:]:
-        values = dict.fromkeys(names, good) | {name: good[:, :3]}
-        with pytest.raises(PromptError, match=rf"^segments\.{name} must have shape \(1, 4\), got \(1, 3\)$"):
-            Segments(**values)
+        shape = "1, 4, 4" if name == "box" else "1, 4"
+        with pytest.raises(PromptError, match=rf"^segments\.{name} must have shape \({shape}\), got \(1, 3\)$"):
+            Segments(**values | {name: good[:, :3]})
     with pytest.raises(PromptError, match=r"^segments\.type must have shape \(4,\), got \(4,\)$"):
         Segments(**dict.fromkeys(names, good[0]))
+    bare = Segments(**{name: good for name in names if name not in ("part", "box")})
+    assert (bare.part == -1).all() and bare.box.isnan().all() and not bare.has("box") and bare.has("set")
+
+
+def test_an_image_of_as_many_tokens_as_the_grid_has_cells_is_laid_out_in_raster_order():
+    ids = torch.tensor([[X, X, X, X, X, X, 5, X, X]])
+    facts = Segments.infer(ids, None, X, (2, 3))
+    assert facts.row.tolist() == [[0, 0, 0, 1, 1, 1, -1, -1, -1]]
+    assert facts.column.tolist() == [[0, 1, 2, 0, 1, 2, -1, -1, -1]]
+
+
+def test_facts_follow_tokens_that_are_taken_repeated_and_padded():
+    facts = Segments.infer(torch.tensor([[5, X, 6]]), None, X)
+    taken = facts.take(torch.tensor([[2, 1]]), torch.tensor([[True, False]]))
+    assert taken.type.tolist() == [[TEXT, PAD]] and taken.image.tolist() == [[-1, -1]]
+    assert facts.repeat(2).type.tolist() == [[TEXT, IMAGE, TEXT]] * 2
+    joined = Segments.padded([facts, facts.columns(1, 2)], 4)
+    assert joined.type.tolist() == [[PAD, TEXT, IMAGE, TEXT], [PAD, PAD, PAD, IMAGE]]
+    assert joined.box.shape == (2, 4, 4)
+
+
+def test_facts_by_original_position_have_a_place_for_tokens_that_are_not_in_the_prompt():
+    table = by_order(torch.tensor([[7, 8, 9], [7, 8, 9]]), torch.tensor([[0, 1, 2], [-1, 0, 1]]))
+    assert look_up(table, torch.tensor([[2, 0, -1, 5], [1, 0, 2, -1]])).tolist() == [[9, 7, -1, -1], [9, 8, -1, -1]]
+    assert look_up(table, torch.tensor([[[1, -1]]])).tolist() == [[[8, -1]], [[9, -1]]]
 
 
 class Processor:

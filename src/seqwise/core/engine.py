@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,15 +20,23 @@ from torch import Tensor, nn
 
 from seqwise.core import hf
 from seqwise.core.caches import SlotLayer, View
-from seqwise.core.errors import CacheError, PromptError, SeqwiseError, UnsupportedModel
+from seqwise.core.errors import CacheError, PromptError, SeqwiseError, SlotConflict, UnsupportedModel
 from seqwise.core.ledger import Ledger, Rows
 from seqwise.core.method import Method
-from seqwise.core.observe import attention, attention_statistics, gathered_attention, probabilities
-from seqwise.core.segments import PAD, Segments
+from seqwise.core.observe import (
+    attention,
+    attention_statistics,
+    gathered_attention,
+    masked_logits,
+    normalised,
+    probabilities,
+)
+from seqwise.core.rope import Rope, frequencies_of
+from seqwise.core.segments import Segments, by_order, look_up
 from seqwise.core.select import compact
 from seqwise.core.stages import Captured, StageDriver
-from seqwise.core.towers import TowerDriver
-from seqwise.core.views import Block, Read, Stage, Transition
+from seqwise.core.towers import Tower, TowerDriver
+from seqwise.core.views import Block, Kernel, Read, Stage, Transition
 from seqwise.core.visible import Visible
 
 if TYPE_CHECKING:
@@ -38,9 +46,11 @@ if TYPE_CHECKING:
 _SITES: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.WeakKeyDictionary()
 
 _REWRITE_ROWS = 128
-_SERVED = {
-    *("tower.rows", "input.rows", "layer.rows", "attention.probs", "positions"),
-    *("cache.retain", "cache.store", "cache.read", "decode.loop"),
+_FACTS = {  # what a method can ask of a prompt -> how to give it
+    "set": "a set of pieces; build the prompt with seqwise.prepare (a part of type 'set') and run.bind(segments)",
+    "part": "context and question apart; build the prompt with seqwise.prepare (parts 'context' and 'question') and "
+    "run.bind(segments)",
+    "box": "set members with a box; build the prompt with seqwise.prepare (items with 'box') and run.bind(segments)",
 }
 
 
@@ -81,11 +91,16 @@ class Engine:
         self.run = run
         self.anatomy = run.anatomy
         self.by_slot: dict[str, Method] = {slot: part for part in run.method.parts for slot in part.slots}
-        for slot in self.by_slot:
-            if slot not in _SERVED:
-                raise SeqwiseError(
-                    f"{self.by_slot[slot]} claims the slot {slot!r}, which the engine does not serve yet"
-                )
+        if "hidden" in self.by_slot:
+            raise SeqwiseError(
+                f"{self.by_slot['hidden']} claims the slot 'hidden', which the engine does not serve yet"
+            )
+        kernel, looper = self.by_slot.get("attention.kernel"), self.by_slot.get("decode.loop")
+        if kernel is not None and looper is not None:
+            raise SlotConflict(f"{looper} verifies drafts with the model's own attention, which {kernel} replaces")
+        placer = self.by_slot.get("positions")
+        self.placer = placer if placer is not None and type(placer).place is not Method.place else None
+        self.rope = Rope.of(self.anatomy) if kernel is not None and kernel.rotates else None
         self.ledger: Ledger | None = None
         self.cache: Any = None
         self.account = Account()
@@ -99,6 +114,8 @@ class Engine:
         self.shared: dict[str, Any] = {}
         self.probing = False  # a layer runs only to show its query and key
         self._last_before: Tensor = torch.zeros(0)  # the newest position before the current rows
+        self._swaps: tuple[nn.Module, Tensor, Tensor] | None = None  # the rotary module, its frequencies, the method's
+        self._turned = False  # they differ
         self._undos: list[Callable[[], Any]] = []
         self.towers: TowerDriver | None = None
         cutter = self.by_slot.get("layer.rows")
@@ -124,14 +141,42 @@ class Engine:
             add(layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True).remove)
         if self.stages is not None:
             self._undos += self.stages.install()
+        self._swap_frequencies()
         pruner, reducer = self.by_slot.get("tower.rows"), self.by_slot.get("input.rows")
-        if pruner is not None or reducer is not None:
-            self.towers = TowerDriver(a, pruner, reducer, self._note_tower, lambda: self.plain)
+        watchers = [part for part in self.run.method.parts if part.watched_tower(a)]
+        if watchers and pruner is not None:
+            raise SlotConflict(f"{watchers[0]} reads the whole vision tower, which {pruner} shortens")
+        if pruner is not None or reducer is not None or watchers:
+            watched = frozenset(layer for part in watchers for layer in part.watched_tower(a))
+
+            def on_seen(tower: Tower) -> None:
+                for part in watchers:
+                    part.watch_tower(tower, self.run)
+
+            self.towers = TowerDriver(a, pruner, reducer, self._note_tower, lambda: self.plain, watched, on_seen)
             self._undos += self.towers.install()
             assert a.vision is not None
             for i, module in enumerate(a.vision.attentions):
                 _SITES[module] = self._tower_site(i)
                 self._undos.append(functools.partial(_SITES.pop, module, None))
+
+    def _swap_frequencies(self) -> None:
+        placer = self.by_slot.get("positions")
+        if placer is None or type(placer).frequencies is Method.frequencies:
+            return
+        rotary = frequencies_of(self.anatomy)
+        own: Tensor = rotary.inv_freq  # type: ignore[assignment]
+        changed = placer.frequencies(own.float(), self.anatomy).to(own)
+        self._swaps, self._turned = (rotary, own, changed), not torch.equal(own, changed)
+        self._undos.append(lambda: setattr(rotary, "inv_freq", own))
+        rotary.inv_freq = changed
+
+    def rest(self, plain: bool) -> None:
+        """The unmodified model from now on, or the method again."""
+        self.plain = plain
+        if self._swaps is not None:
+            rotary, own, changed = self._swaps
+            rotary.inv_freq = own if plain else changed
 
     def remove(self) -> None:
         """Undoes everything, newest first."""
@@ -180,8 +225,10 @@ class Engine:
         if fresh:
             for part in self.run.method.parts:
                 part.begin(self.run)
+        if self._swaps is not None:
+            self.account.acted = self.account.acted or self._turned
         if ledger.phase == "prefill":
-            self.segments = self._segments_for(rows, q, mask)
+            self.segments = self._segments_for(ledger, rows, q, mask)
             if self.input_ids is not None and self.input_ids.shape[1] == q:
                 ledger.ids = self.input_ids if ledger.ids is None else torch.cat([ledger.ids, self.input_ids], 1)
         if (
@@ -209,10 +256,12 @@ class Engine:
         if mine is None:
             mine = Ledger(B, len(self.anatomy.layers), str(self.run.method))
             self.cache = None
-            if self.run.prompt is not None:
-                lengths, mine.expected_columns = self.run.prompt
-                if lengths is not None:  # beams and several returned sequences repeat the prompts
-                    mine.expected = [length for length in lengths for _ in range(B // len(lengths))]
+            announced = self.run.announced
+            if announced is not None:
+                mine.expected_columns = announced.columns
+                if announced.lengths is not None:  # beams and several returned sequences repeat the prompts
+                    copies = B // len(announced.lengths)
+                    mine.expected = [length for length in announced.lengths for _ in range(copies)]
             self.account = Account()
         else:
             self.cache = cache
@@ -232,21 +281,66 @@ class Engine:
             if done or (q == 1 and total is None):
                 ledger.phase = "decode"
 
-    def _segments_for(self, rows: Rows, q: int, mask: Tensor | None) -> Segments | None:
-        visual_token = self.anatomy.vision.image_token if self.anatomy.vision is not None else None
-        if self.bound is not None:
-            bound, self.bound = self.bound, None
-            if bound.type.shape[1] != q:
-                raise PromptError(f"segments must cover the prompt's {q} tokens, got {bound.type.shape[1]}")
-            return bound
-        ids = self.input_ids
-        if ids is None or ids.shape[1] != q:
-            if {"layer.rows", "positions"} & set(self.by_slot):
+    def take_bound(self, batch: int) -> Segments | None:
+        """The bound facts, for a batch of so many (copies of) samples, once."""
+        bound, self.bound = self.bound, None
+        return None if bound is None else bound.repeat(batch // bound.type.shape[0])
+
+    def require_facts(self, segments: Segments | None) -> None:
+        """Refuses a prompt without the facts that a method needs."""
+        for part in self.run.method.parts:
+            for fact in sorted(part.facts()):
+                if segments is None or not segments.has(fact):
+                    raise PromptError(f"{part} needs {_FACTS[fact]}")
+
+    def _segments_for(self, ledger: Ledger, rows: Rows, q: int, mask: Tensor | None) -> Segments | None:
+        """Facts of this forward's tokens; those of the whole prompt are read when its first rows come."""
+        at = ledger.columns - q - ledger.whole_at
+        if ledger.whole is None or not 0 <= at < ledger.whole.type.shape[1]:
+            start, at = ledger.columns - q, 0
+            ids, announced = self.input_ids, self.run.announced
+            columns = q
+            if announced is not None and announced.columns > ledger.columns:
+                columns, mask = announced.columns - start, announced.mask
+                ids = None if announced.ids is None else announced.ids[:, start:]
+                if ids is not None:
+                    ids = ids.repeat_interleave(ledger.batch // ids.shape[0], 0).to(rows.order.device)
+                if mask is not None:
+                    mask = mask.repeat_interleave(ledger.batch // mask.shape[0], 0).to(rows.order.device)
+            whole = self.take_bound(ledger.batch)
+            if whole is None and ids is not None and ids.shape[1] == columns:
+                vision = self.anatomy.vision
+                token, grid = (None, None) if vision is None else (vision.image_token, vision.grid)
+                whole = Segments.infer(ids, None if mask is None else mask[:, -columns:], token, grid)
+            if ledger.fresh:
+                self.require_facts(whole)
+            if whole is not None and whole.type.shape[1] != columns:
+                raise PromptError(f"segments must cover the prompt's {columns} tokens, got {whole.type.shape[1]}")
+            if whole is None and ("layer.rows" in self.by_slot or self.placer is not None):
                 raise PromptError(
                     "the prompt's token types are unknown (it came as embeddings); bind them: run.bind(segments)"
                 )
+            ledger.whole, ledger.whole_at, ledger.places = whole, start, None
+            if whole is not None:
+                self._mark(ledger, rows, whole)
+        if ledger.whole is None:
             return None
-        return Segments.infer(ids, None if mask is None else mask[:, -q:], visual_token)
+        return ledger.whole if q == ledger.whole.type.shape[1] else ledger.whole.columns(at, at + q)
+
+    def _mark(self, ledger: Ledger, rows: Rows, whole: Segments) -> None:
+        """What methods mark the whole prompt's tokens with, from now on told by original position."""
+        marks: dict[str, Tensor] = ledger.facts.setdefault("marks", {})
+        assert ledger.length is not None
+        before = ledger.length - (rows.count if rows.live is None else rows.live.sum(-1))  # (B,)
+        order = torch.where(whole.real, before[:, None] + whole.real.cumsum(-1) - 1, -1)  # (B, W)
+        for slot in ("mask", "attention.kernel", "attention.probs"):
+            method = self.by_slot.get(slot)
+            for name, value in (method.mark(whole, self.run) if method is not None else {}).items():
+                table, old = by_order(value, order), marks.get(name)
+                if old is not None:  # an earlier turn's
+                    held = table[:, : old.shape[1] - 1]
+                    table[:, : old.shape[1] - 1] = torch.where(held == -1, old[:, :-1], held)
+                marks[name] = table
 
     def _drop_images(self, kwargs: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
         assert self.towers is not None and self.segments is not None
@@ -278,23 +372,18 @@ class Engine:
             kwargs["position_ids"] = (live.cumsum(-1) - 1).clamp(min=0)
             ledger.shift[0] = dropped
         ledger.cut(0, index, live)
-        self.segments = _gather_segments(self.segments, index, live)
+        self.segments = self.segments.take(index, live)
         self.account.acted = True
         self.note_kept("input", ledger.rows[0])
         return kwargs
 
     def _placed(self, kwargs: dict[str, Any], ledger: Ledger, q: int) -> dict[str, Any]:
         """RoPE positions: a method's own for a prompt, one more per token afterwards; lowered by dropped rows."""
-        placer = self.by_slot.get("positions")
-        if placer is not None:
+        if self.placer is not None:
             assert ledger.length is not None
             rows = ledger.rows[0]
-            if ledger.phase == "prefill" and ledger.fresh:
-                assert self.segments is not None
-                positions = placer.place(self.segments, self.anatomy)
-                if not positions.is_floating_point():
-                    raise TypeError(f"{placer}.place must return float positions, got {positions.dtype}")
-                ledger.last_position = positions.masked_fill(~self.segments.real, float("-inf")).amax(-1).ceil()
+            if ledger.phase == "prefill":
+                positions = self._places(self.placer, ledger, q)
                 self.account.acted = True
             else:
                 if ledger.last_position is None:  # a prompt of one token whose first step is a draft
@@ -309,6 +398,25 @@ class Engine:
             given = ledger.rows[0].order.clamp(min=0) if given is None else given.expand(ledger.batch, -1)
             kwargs["position_ids"] = given - ledger.shift[0][:, None]
         return kwargs
+
+    def _places(self, placer: Method, ledger: Ledger, q: int) -> Tensor:
+        """(B, rows) positions of this forward's tokens; those of the whole prompt are asked for at its first rows."""
+        assert ledger.whole is not None and self.segments is not None
+        if ledger.places is None:
+            # rows that a reducer dropped have no place; such a prompt comes in one piece
+            whole = self.segments if ledger.whole.type.shape[1] == q else ledger.whole
+            places = placer.place(whole, self.anatomy)
+            if places is None or not places.is_floating_point():
+                got = None if places is None else places.dtype
+                raise TypeError(f"{placer}.place must return float positions, got {got}")
+            if ledger.last_position is not None:  # a later turn goes on behind the earlier ones
+                places = places + ledger.last_position[:, None] + 1
+            ledger.places = places
+            ledger.last_position = places.masked_fill(~whole.real, float("-inf")).amax(-1).ceil()
+            if q == ledger.whole.type.shape[1]:
+                return places
+        at = ledger.columns - q - ledger.whole_at
+        return ledger.places[:, at : at + q]
 
     def _before_layer(self, index: int) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -370,7 +478,8 @@ class Engine:
                     device=query.device,
                 )
                 return attention(query, key, value, visible, scaling=scaling, softcap=softcap, dropout=dropout)[0]
-            return self._attend(index, query, key, value, dropout, scaling, softcap, _model_mask(mask, query, key))
+            extra = _model_mask(mask, query, key)
+            return self._attend(index, query, key, value, dropout, scaling, softcap, extra, kw.get("position_ids"))
 
         return site
 
@@ -378,19 +487,24 @@ class Engine:
         assert self.ledger is not None
         rows = self.ledger.rows[index]
         window = self.anatomy.windows[index]
+        masker, rule = self.by_slot.get("mask"), None
+        if masker is not None and self.ledger.phase == "prefill" and self.ledger.facts.get("marks"):
+            rule = functools.partial(_rule, masker, self.ledger.facts["marks"])
+            self.account.acted = True
+        causal = rule is None or not masker.looks_ahead  # type: ignore[union-attr]
         if layer is None:
             live = None if rows.live is None else rows.live[:, None]
-            return Visible(rows.order, rows.order[:, None], rows.live, live, True, window, 0, extra)
+            return Visible(rows.order, rows.order[:, None], rows.live, live, causal, window, 0, extra, rule)
         assert layer.order is not None
         offset = layer.slots - q if layer.in_columns and self.tree is None else None
         if self.tree is not None:
             extra = torch.ones(1, 1, q, layer.slots, dtype=torch.bool, device=self.tree.device)
             extra[..., layer.slots - q :] = self.tree
-        return Visible(rows.order, layer.order, rows.live, layer.live, True, window, offset, extra)
+        return Visible(rows.order, layer.order, rows.live, layer.live, causal, window, offset, extra, rule)
 
     def _attend(
         self, index: int, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float,
-        softcap: float | None, extra: Tensor | None,
+        softcap: float | None, extra: Tensor | None, positions: Tensor | None,
     ) -> Tensor:  # fmt: skip
         ledger = self.ledger
         assert ledger is not None
@@ -405,8 +519,20 @@ class Engine:
         self.account.plain_pairs += H * (q * before + q * (q + 1) // 2)
         row_probabilities = lse = None
 
-        chosen = self._read(index, layer, query, key, scaling) if q == 1 and "cache.read" in self.by_slot else None
-        if chosen is not None:
+        def own() -> Tensor:
+            return attention(
+                query, key, value, visible, scaling=scaling, softcap=softcap, dropout=dropout, spans=spans
+            )[0]
+
+        replaced = self._replaced(index, layer, query, key, value, scaling, softcap, visible, positions, own)
+        chosen = None
+        if replaced is None and q == 1 and "cache.read" in self.by_slot:
+            chosen = self._read(index, layer, query, key, scaling)
+        if replaced is not None:
+            out, pairs = replaced
+            self.account.pairs += H * (q * (n - q) + q * (q + 1) // 2 if pairs is None else pairs)
+            self.account.acted = True
+        elif chosen is not None:
             out = gathered_attention(query, key, value, *chosen, scaling=scaling)
             self.account.pairs += H * chosen[0].shape[-1]
             self.account.acted = True
@@ -440,6 +566,32 @@ class Engine:
         if layer is not None and visible.window is not None and self.tree is None:
             layer.forget_outside(visible.window)
         return out
+
+    def _replaced(
+        self, index: int, layer: SlotLayer | None, query: Tensor, key: Tensor, value: Tensor, scaling: float,
+        softcap: float | None, visible: Visible, positions: Tensor | None, own: Callable[[], Tensor],
+    ) -> tuple[Tensor, int | None] | None:  # fmt: skip
+        """What an `attention.kernel` method makes of this call, and the pairs per head that it computed."""
+        method, ledger = self.by_slot.get("attention.kernel"), self.ledger
+        if method is None:
+            return None
+        assert ledger is not None
+        state = layer.state if layer is not None else {}
+        key_positions = None
+        if self.rope is not None:
+            positions = (visible.order_q if positions is None else positions).float()  # (B or 1, q)
+            B, Hkv, n, _ = key.shape
+            q = query.shape[2]
+            known = state.get("rope")
+            key_positions = torch.zeros(B, Hkv, n, device=key.device) if known is None else known
+            key_positions[..., n - q :] = positions[:, None]
+            state["rope"] = key_positions
+        kernel = Kernel(
+            index, len(self.anatomy.layers), ledger.phase, query, key, value, visible, scaling, softcap, state,
+            ledger.facts, ledger.facts.get("marks", {}), self.rope, positions, key_positions, own,
+        )  # fmt: skip
+        out = method.attend(kernel)
+        return None if out is None else (out, kernel.pairs)
 
     def _read(
         self, index: int, layer: SlotLayer | None, query: Tensor, key: Tensor, scaling: float
@@ -528,6 +680,10 @@ class Engine:
         chosen_q = query.index_select(1, pick)
         chosen_k = key.index_select(1, pick // g)
         chosen_v = value.index_select(1, pick // g)
+        picked_rows = method.rewritten_rows(q)
+        rows = range(*picked_rows.indices(q))
+        chosen_q, visible = chosen_q[:, :, rows.start : rows.stop], visible.take(slice(rows.start, rows.stop))
+        lse = None if lse is None else lse[:, :, rows.start : rows.stop].index_select(1, pick)
         h, n = len(heads), key.shape[2]
 
         def per_head(x: Tensor | None) -> Tensor | None:
@@ -535,35 +691,34 @@ class Engine:
 
         order_k, live_k = per_head(visible.order_k), per_head(visible.live_k)
         assert order_k is not None
-        own = Visible(
-            visible.order_q, order_k, visible.live_q, live_k, True, visible.window, visible.offset, visible.extra
-        )
-        lse = None if lse is None else lse.index_select(1, pick)
+        own = replace(visible, order_k=order_k, live_k=live_k)
 
         def statistics(reduce: tuple[str, ...]) -> dict[str, Tensor]:
             return attention_statistics(
-                chosen_q,
-                chosen_k,
-                visible=own,
-                lse=lse,
-                scaling=scaling,
-                softcap=softcap,
+                chosen_q, chosen_k, visible=own, lse=lse, scaling=scaling, softcap=softcap,
                 reduce=reduce,  # type: ignore[arg-type]
-            )
+            )  # fmt: skip
 
         live = torch.ones(B, h, n, dtype=torch.bool, device=query.device) if live_k is None else live_k.expand(B, h, n)
         state = layer.state if layer is not None else {}
-        block = Block(index, heads, ledger.phase, visible.order_q, order_k, live, ledger.length, state, H, statistics)
+        block = Block(
+            index, heads, ledger.phase, visible.order_q, order_k, live, ledger.length, state, H, statistics,
+            torch.zeros(0), ledger.facts.get("marks", {}),
+        )  # fmt: skip
         method.prepare(block)
         pieces = []
-        for start in range(0, q, _REWRITE_ROWS):
-            stop = min(start + _REWRITE_ROWS, q)
+        for start in range(0, len(rows), _REWRITE_ROWS):
+            stop = min(start + _REWRITE_ROWS, len(rows))
             part = own.take(slice(start, stop))
-            p = probabilities(chosen_q[:, :, start:stop], chosen_k, part, scaling=scaling, softcap=softcap)
+            block.logits = masked_logits(chosen_q[:, :, start:stop], chosen_k, part, scaling, softcap)
             block.rows = part.order_q
-            pieces.append(method.rewrite(p, block).to(value.dtype) @ chosen_v)
+            pieces.append(method.rewrite(normalised(block.logits), block).to(value.dtype) @ chosen_v)
         self.account.acted = True
-        return out.index_copy(1, pick, torch.cat(pieces, 2))
+        if len(rows) == q:
+            return out.index_copy(1, pick, torch.cat(pieces, 2))
+        out = out.clone()
+        out[:, pick, rows.start : rows.stop] = torch.cat(pieces, 2)
+        return out
 
     # reports
 
@@ -591,14 +746,13 @@ def _model_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | Non
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def _gather_segments(segments: Segments, index: Tensor, live: Tensor) -> Segments:
-    def pick(x: Tensor, fill: int) -> Tensor:
-        return x.gather(1, index).masked_fill(~live, fill)
+def _rule(masker: Method, marks: dict[str, Tensor], order_q: Tensor, order_k: Tensor) -> Tensor:
+    """`Visible.rule` of a method: rows (B or 1, 1, r, 1) and slots (B or 1, h, 1, c) by original position."""
 
-    return Segments(
-        pick(segments.type, PAD), pick(segments.image, -1), pick(segments.tile, -1), pick(segments.row, -1),
-        pick(segments.column, -1), pick(segments.set, -1), pick(segments.member, -1),
-    )  # fmt: skip
+    def told(order: Tensor) -> dict[str, Tensor]:
+        return {"order": order} | {name: look_up(table, order) for name, table in marks.items()}
+
+    return masker.sees(told(order_q), told(order_k))
 
 
 def _weighted(p: Tensor, value: Tensor) -> Tensor:
@@ -609,4 +763,4 @@ def _weighted(p: Tensor, value: Tensor) -> Tensor:
     return grouped.reshape(B, H, q, value.shape[-1])
 
 
-__all__ = ["Account", "Block", "Engine", "Read", "Stage", "Transition", "attend"]
+__all__ = ["Account", "Block", "Engine", "Kernel", "Read", "Stage", "Transition", "attend"]

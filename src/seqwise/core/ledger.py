@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from seqwise.core.segments import Segments
+
 Phase = Literal["prefill", "decode"]
 
 
@@ -72,6 +74,9 @@ class Ledger:
     fresh: bool = True
     last_position: Tensor | None = None  # (B,) of the newest token, where a method set positions
     ids: Tensor | None = None  # (B, columns) of the prompt, where it came as ids
+    whole: Segments | None = None  # facts of the prompt under way, all of its columns
+    whole_at: int = 0  # the column where it begins
+    places: Tensor | None = None  # (B, columns of it) positions that a method gave it
     bytes: dict[int, int] = field(default_factory=dict)  # per layer, now
     peak_bytes: int = 0
 

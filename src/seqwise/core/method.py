@@ -9,6 +9,7 @@ owns hooks, masks, positions, caches, padding and batching. `a | b` composes met
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from seqwise.core.run import Loop, Run
     from seqwise.core.segments import Segments
     from seqwise.core.towers import Tower, TowerLayer
-    from seqwise.core.views import Block, Read, Stage, Transition
+    from seqwise.core.views import Block, Kernel, Read, Stage, Transition
 
 __all__ = ["SLOTS", "Composition", "Method", "budget_param", "param"]
 
@@ -55,6 +56,8 @@ class Method(Configured):
 
     abstract: ClassVar[bool] = True
     slots: ClassVar[tuple[str, ...]] = ()
+    looks_ahead: ClassVar[bool] = False  # `sees` decides alone, without causality
+    rotates: ClassVar[bool] = False  # `attend` moves keys: it gets each slot's position and the model's RoPE
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,10 +102,27 @@ class Method(Configured):
     def check(self, anatomy: Anatomy) -> None:
         """Refuses what cannot work on this model: raises UnsupportedModel or ValueError. Runs before any change."""
 
+    def facts(self) -> set[str]:
+        """Facts of `Segments` that a prompt must come with ("set", "part", "box"); a prompt without them is refused."""
+        return set()
+
     def begin(self, run: Run) -> None:
         """A new prompt begins."""
 
     # the slots' hooks; a subclass defines those of the slots it claims
+
+    def reword(self, ids: Tensor, segments: Segments) -> tuple[Tensor, Segments]:
+        """`prompt`, in `generate`: the ids (1, m) and facts of the prompt that the model reads instead of the caller's
+        ids (1, n), which come without padding. Returned texts begin with the caller's prompt all the same."""
+        raise NotImplementedError
+
+    def watched_tower(self, anatomy: Anatomy) -> tuple[int, ...]:
+        """0-based tower layers whose attention `watch_tower` needs, whatever slot the method claims."""
+        return ()
+
+    def watch_tower(self, tower: Tower, run: Run) -> None:
+        """The tower has run on all tiles of a prompt (unpruned patches only)."""
+        raise NotImplementedError
 
     def prune_tower(self, layer: TowerLayer) -> Tensor | None:
         """`tower.rows`, after each tower layer: patches (images, k) that stay, ascending, or None for all."""
@@ -128,6 +148,10 @@ class Method(Configured):
         """`layer.rows`, at a stage: (B, r) bool, True on rows that go on; None cuts nothing."""
         raise NotImplementedError
 
+    def rewritten_rows(self, rows: int) -> slice:
+        """`attention.probs`: which of this forward's rows `rewrite` gets; the others keep their attention."""
+        return slice(None)
+
     def rewritten_heads(self, layer: int, anatomy: Anatomy) -> tuple[int, ...]:
         """`attention.probs`: query heads of this layer whose probabilities `rewrite` replaces."""
         raise NotImplementedError
@@ -139,8 +163,28 @@ class Method(Configured):
         """`attention.probs`: fp32 probabilities (B, h, r, n) of the chosen heads' rows at hand -> the same shape."""
         raise NotImplementedError
 
-    def place(self, segments: Segments, anatomy: Anatomy) -> Tensor:
-        """`positions`: RoPE positions (B, N) float32 of a whole prompt from its tokens' types."""
+    def attend(self, kernel: Kernel) -> Tensor | None:
+        """`attention.kernel`: one layer's attention of this forward's rows, (B, H, q, D); None for the model's own."""
+        raise NotImplementedError
+
+    def place(self, segments: Segments, anatomy: Anatomy) -> Tensor | None:
+        """`positions`: RoPE positions (B, N) float32 of a whole prompt from its tokens' facts; None for ordinary ones.
+        Later tokens go on from the largest, rounded up, plus one."""
+        return None
+
+    def frequencies(self, inv_freq: Tensor, anatomy: Anatomy) -> Tensor:
+        """`positions`: the rotary frequencies (d / 2,) float32 while attached, from the model's own."""
+        return inv_freq
+
+    def mark(self, segments: Segments, run: Run) -> dict[str, Tensor]:
+        """`mask`, `attention.kernel`, `attention.probs`: numbers of a whole prompt's tokens, (B, N) int64 by name, -1
+        where none: what `sees` compares, and what kernels and blocks look up. Tokens after the prompt have -1."""
+        return {}
+
+    def sees(self, query: Mapping[str, Tensor], key: Mapping[str, Tensor]) -> Tensor:
+        """`mask`, in a prompt: whether a row sees a slot, (B, h, r, c) bool, beside causality and padding; with
+        `looks_ahead` instead of causality. query: (B, 1, r, 1), key: (B, h, 1, c) of each of `mark`'s numbers and of
+        "order", the original position."""
         raise NotImplementedError
 
     def observes(self, phase: str) -> bool:
@@ -159,7 +203,7 @@ class Method(Configured):
     def read(self, read: Read) -> tuple[Tensor, Tensor] | None:
         """`cache.read`, one-row steps: slots (B, H, k) each query head attends to, and which of them count (bool, False
         on padding); None reads all."""
-        raise NotImplementedError
+        return None
 
     def decode(self, loop: Loop) -> Tensor:
         """`decode.loop`: generates and returns the whole ids (B, n), the prompt first."""

@@ -254,6 +254,7 @@ def attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = visible.window is not None and visible.window < n
     plain = visible.causal and visible.offset == 0 and q == n and not window and visible.extra is None
+    plain = plain and visible.rule is None
     if softcap is not None:
         return _softcapped(query, key, value, visible, scaling, softcap), None
     if plain and visible.live_k is None:
@@ -376,13 +377,29 @@ def probabilities(
     query: Tensor, key: Tensor, visible: Visible, *, scaling: float | None = None, softcap: float | None = None
 ) -> Tensor:
     """Dense fp32 probabilities (B, H, q, n) of a FEW rows (a decode step, a window); not for whole prompts."""
+    return normalised(masked_logits(query, key, visible, scaling, softcap))
+
+
+def masked_logits(
+    query: Tensor, key: Tensor, visible: Visible, scaling: float | None = None, softcap: float | None = None
+) -> Tensor:
+    """Dense fp32 logits (B, H, q, n) of a FEW rows, scaled and capped, -inf where not seen."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return softcapped_probabilities(query, key, visible.tile(0, query.shape[2], 0, key.shape[2]), scaling, softcap)
+    return _logits(query, key, visible.tile(0, query.shape[2], 0, key.shape[2]), scaling, softcap)
+
+
+def normalised(logits: Tensor) -> Tensor:
+    """Softmax of logits (..., n); rows that see nothing are 0."""
+    return logits.softmax(-1).nan_to_num(nan=0.0)
 
 
 def softcapped_probabilities(
     query: Tensor, key: Tensor, seen: Tensor | None, scaling: float, softcap: float | None
 ) -> Tensor:
+    return normalised(_logits(query, key, seen, scaling, softcap))
+
+
+def _logits(query: Tensor, key: Tensor, seen: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
     B, H, r, D = query.shape
     Hkv, n = key.shape[1], key.shape[2]
     logits = query.float().reshape(B, Hkv, -1, D) @ key.float().mT * scaling  # (B, Hkv, g r, n)
@@ -391,8 +408,7 @@ def softcapped_probabilities(
         logits = (logits / softcap).tanh() * softcap
     if seen is not None:
         logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
-        return logits.softmax(-1).nan_to_num(nan=0.0).view(B, H, r, n)
-    return logits.softmax(-1).view(B, H, r, n)
+    return logits.view(B, H, r, n)
 
 
 @cache

@@ -31,6 +31,16 @@ _FORMAT = "seqwise-context-1"
 
 
 @dataclass(frozen=True)
+class Announced:
+    """A prompt whose forwards are to come. lengths: real tokens per sample, where it comes in chunks on a new cache."""
+
+    lengths: list[int] | None
+    columns: int
+    ids: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
 class Report:
     """What a run saved and cost, from storage and from counts; plain means the same prompt without the method."""
 
@@ -78,7 +88,7 @@ class Run:
             self.anatomy.require(part.needs(), str(part))
             part.check(self.anatomy)
         self.state: dict[Method, Any] = {}  # hot state of methods: lives as long as the run
-        self.prompt: tuple[list[int] | None, int] | None = None  # real lengths and columns that generate announced
+        self.announced: Announced | None = None
         self.tower_kept: list[list[int]] = []
         self.engine = Engine(self)
         self._undos: list[Callable[[], None]] = []
@@ -130,7 +140,7 @@ class Run:
         ledger = self.engine.ledger
         if ledger is not None and ledger.columns:
             ledger.phase = "prefill"
-            ledger.expected = ledger.expected_columns = None
+            ledger.expected = ledger.expected_columns = ledger.whole = None
         self._new_turn = True
 
     def end_prompt(self) -> None:
@@ -139,14 +149,33 @@ class Run:
             self.engine.ledger.phase = "decode"
 
     @contextmanager
-    def plain(self) -> Iterator[None]:
-        """The unmodified model while attached: for search objectives and scorers. Use a cache of its own."""
-        before = self.engine.plain
-        self.engine.plain = True
+    def expect(
+        self, ids: Tensor | None, columns: int, mask: Tensor | None = None, *, kept: bool = False
+    ) -> Iterator[None]:
+        """The forwards inside bring this prompt, in chunks where the run has a `chunk`. `generate` calls it itself.
+
+        ids: (B, columns) of the whole prompt, None for embeddings. mask: (B, columns). kept: it goes on from a cache.
+        """
+        lengths = None
+        if self.chunk is not None and not kept:
+            lengths = [columns] * (1 if ids is None else ids.shape[0]) if mask is None else mask.sum(-1).tolist()
+            if 0 in lengths:
+                raise PromptError("a prompt of the batch is empty (all padding); give each at least one token")
+        self.announced = Announced(lengths, columns, ids, mask)
         try:
             yield
         finally:
-            self.engine.plain = before
+            self.announced = None
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """The unmodified model while attached: for search objectives and scorers. Use a cache of its own."""
+        before = self.engine.plain
+        self.engine.rest(True)
+        try:
+            yield
+        finally:
+            self.engine.rest(before)
 
     def _generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -162,15 +191,16 @@ class Run:
                 kept = cache.layers[0].ledger
             if kept is not None and not self._new_turn:
                 kept.phase = "decode"
+            worder = self.engine.by_slot.get("prompt")
+            asked = ids
+            if worder is not None:
+                if kept is not None:
+                    raise PromptError(f"{worder} rewords a whole prompt; start it on an empty cache")
+                inputs = ids = self._reword(worder, ids, kwargs)
+                kwargs.pop("input_ids", None)
             mask = kwargs.get("attention_mask")
-            lengths = None
             if self.chunk is not None:
                 kwargs["prefill_chunk_size"] = self.chunk
-                if kept is None:
-                    lengths = [ids.shape[1]] * ids.shape[0] if mask is None else mask.sum(-1).tolist()
-                    if 0 in lengths:
-                        raise PromptError("a prompt of the batch is empty (all padding); give each at least one token")
-            self.prompt = (lengths, ids.shape[1])
             if kept is not None and self._new_turn:
                 kept.expected_columns = max(ids.shape[1], 0 if mask is None else mask.shape[1])
             self._new_turn = False
@@ -179,12 +209,42 @@ class Run:
                 if kwargs.get("streamer") is not None:
                     raise PromptError(f"{looper} has no stream of single tokens; use no streamer")
                 kwargs["custom_generate"] = self._loop(looper)
-            try:
-                return original(inputs, *args, **kwargs)
-            finally:
-                self.prompt = None
+            whole = ids if ids.dim() == 2 else None
+            with self.expect(whole, ids.shape[1], mask, kept=kept is not None):
+                out = original(inputs, *args, **kwargs)
+            if worder is None:
+                return out
+            self.engine.account.acted = True
+            return _answered(out, asked, ids.shape[1])
 
         return generate
+
+    def _reword(self, worder: Method, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The ids (B, m) that the model reads instead of `ids` (B, n), padded on the left; sets the mask for them."""
+        if ids.dim() != 2 or kwargs.get("pixel_values") is not None or kwargs.get("streamer") is not None:
+            raise PromptError(f"{worder} rewords token ids; give no embeddings, images or streamer")
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        segments, bound = self.engine.take_bound(ids.shape[0]), []
+        if segments is None:
+            segments = Segments.infer(ids, mask, None)
+        self.engine.require_facts(segments)
+        if segments.type.shape[1] != ids.shape[1]:
+            raise PromptError(f"segments must cover the prompt's {ids.shape[1]} tokens, got {segments.type.shape[1]}")
+        texts = []
+        for b in range(ids.shape[0]):
+            real = mask[b].nonzero()[:, 0]
+            text, facts = worder.reword(ids[b : b + 1, real], segments.sample(b).take(real[None]))
+            texts.append(text)
+            bound.append(facts)
+        width = max(text.shape[1] for text in texts)
+        pad = getattr(self.model.config, "pad_token_id", None) or 0
+        padded = [torch.nn.functional.pad(text, (width - text.shape[1], 0), value=pad) for text in texts]
+        kwargs["attention_mask"] = torch.cat(
+            [torch.nn.functional.pad(torch.ones_like(text), (width - text.shape[1], 0)) for text in texts]
+        )
+        self.engine.bound = Segments.padded(bound, width)
+        return torch.cat(padded)
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         config = kwargs.get("generation_config")
@@ -408,6 +468,17 @@ def _fill_slot(slot: SlotLayer, spec: dict[str, Any], tensors: dict[str, Tensor]
         ]  # fmt: skip
         slot.chunks.append(Stored(*packed))
     slot.ledger.weigh(slot.index, slot.nbytes)
+
+
+def _answered(out: Any, asked: Tensor, reworded: int) -> Any:
+    """What `generate` returned for a reworded prompt, as if it had read the caller's ids (B, n)."""
+    ids = out if isinstance(out, Tensor) else out.sequences
+    begin = asked.repeat_interleave(ids.shape[0] // asked.shape[0], dim=0)
+    text = torch.cat([begin, ids[:, reworded:]], 1)
+    if isinstance(out, Tensor):
+        return text
+    out.sequences = text
+    return out
 
 
 class Loop:

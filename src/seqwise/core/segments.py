@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqwise.core.errors import MissingExtra, PromptError
+from seqwise.core.errors import PromptError
 
 PAD, TEXT, IMAGE = 0, 1, 2
+CONTEXT, QUESTION = 0, 1
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class Segments:
     """Facts of each token, (B, N) int64 each; -1 where a fact does not apply.
 
     type: PAD, TEXT or IMAGE. image: which image of the sample, tile: which tile or frame of it, row and column: the
-    grid cell. set and member: which set of the prompt the token belongs to, and which of its members.
+    grid cell. set and member: which set of the prompt the token belongs to, and which of its members. part: CONTEXT or
+    QUESTION. box: (B, N, 4) float32, left, top, right, bottom of the element on its page, y downwards; NaN elsewhere.
     """
 
     type: Tensor
@@ -28,14 +31,19 @@ class Segments:
     column: Tensor
     set: Tensor
     member: Tensor
+    part: Any = None  # (B, N), unknown where not given
+    box: Any = None  # (B, N, 4), likewise
 
     def __post_init__(self) -> None:
+        if self.part is None:
+            object.__setattr__(self, "part", torch.full_like(self.type, -1))
+        if self.box is None:
+            object.__setattr__(self, "box", torch.full((*self.type.shape, 4), float("nan"), device=self.type.device))
         for spec in fields(self):
             value = getattr(self, spec.name)
-            if value.shape != self.type.shape or value.dim() != 2:
-                raise PromptError(
-                    f"segments.{spec.name} must have shape {tuple(self.type.shape)}, got {tuple(value.shape)}"
-                )
+            shape = (*self.type.shape, 4) if spec.name == "box" else tuple(self.type.shape)
+            if tuple(value.shape) != shape or self.type.dim() != 2:
+                raise PromptError(f"segments.{spec.name} must have shape {shape}, got {tuple(value.shape)}")
 
     @property
     def visual(self) -> Tensor:
@@ -45,39 +53,108 @@ class Segments:
     def real(self) -> Tensor:
         return self.type != PAD
 
+    def has(self, fact: str) -> bool:
+        """Whether any token has this fact ("set", "part", "box", ...)."""
+        value: Tensor = getattr(self, fact)
+        return bool((~value.isnan()).any()) if fact == "box" else bool((value >= 0).any())
+
+    def sample(self, b: int) -> Segments:
+        """Facts of one sample, (1, N) each."""
+        return Segments(**{spec.name: getattr(self, spec.name)[b : b + 1] for spec in fields(self)})
+
+    def columns(self, start: int, stop: int) -> Segments:
+        """Facts of the columns [start, stop)."""
+        return Segments(**{spec.name: getattr(self, spec.name)[:, start:stop] for spec in fields(self)})
+
+    def repeat(self, copies: int) -> Segments:
+        """Each sample so many times (beams, several returned sequences)."""
+        if copies == 1:
+            return self
+        return Segments(**{spec.name: getattr(self, spec.name).repeat_interleave(copies, 0) for spec in fields(self)})
+
     @classmethod
-    def infer(cls, input_ids: Tensor, attention_mask: Tensor | None, image_token: int | None) -> Segments:
-        """Facts that ids alone tell: padding, image spans (one image per run of placeholders)."""
+    def padded(cls, samples: Sequence[Segments], width: int) -> Segments:
+        """Facts of several samples (1, n) as one batch (B, width), padding on the left."""
+
+        def join(name: str) -> Tensor:
+            rows = []
+            for sample in samples:
+                value: Tensor = getattr(sample, name)
+                before = width - value.shape[1]
+                sides = (0, 0, before, 0) if name == "box" else (before, 0)
+                fill = {"type": PAD, "box": float("nan")}.get(name, -1)
+                rows.append(torch.nn.functional.pad(value, sides, value=fill))
+            return torch.cat(rows)
+
+        return cls(**{spec.name: join(spec.name) for spec in fields(cls)})
+
+    def take(self, index: Tensor, live: Tensor | None = None) -> Segments:
+        """Facts of the tokens index (B, k); where `live` (B, k) is False, those of padding."""
+        B, k = index.shape
+
+        def pick(name: str, fill: float) -> Tensor:
+            value: Tensor = getattr(self, name)
+            at = index if value.dim() == 2 else index[..., None].expand(B, k, 4)
+            found = value.expand(B, *value.shape[1:]).gather(1, at)
+            if live is None:
+                return found
+            return found.masked_fill(~(live if found.dim() == 2 else live[..., None]), fill)
+
+        fill = {"type": PAD, "box": float("nan")}
+        return Segments(**{spec.name: pick(spec.name, fill.get(spec.name, -1)) for spec in fields(self)})
+
+    @classmethod
+    def infer(
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        image_token: int | None,
+        grid: tuple[int, int] | None = None,
+    ) -> Segments:
+        """Facts that ids alone tell: padding, image spans (one image per run of placeholders), and the grid cells of
+        images that have as many tokens as the tower's grid (rows, columns) has cells, in raster order."""
         type_ = torch.full_like(input_ids, TEXT)
-        image = torch.full_like(input_ids, -1)
+        unknown = torch.full_like(input_ids, -1)
+        image = row = column = unknown
         if image_token is not None:
             visual = input_ids == image_token
             starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
             type_ = torch.where(visual, IMAGE, type_)
             image = torch.where(visual, starts.cumsum(-1) - 1, image)
+            if grid is not None and min(grid) > 0:
+                row, column = _raster(starts, image, grid)
         if attention_mask is not None:
             type_ = torch.where(attention_mask.bool(), type_, PAD)
-        unknown = torch.full_like(input_ids, -1)
-        return cls(type_, image, unknown, unknown, unknown, unknown, unknown)
+        return cls(type_, image, unknown, row, column, unknown, unknown)
 
 
-def prepare(processor: Any, messages: list[dict[str, Any]], **options: Any) -> tuple[dict[str, Tensor], Segments]:
-    """A batch for the model and its `Segments`, from chat messages through the model's own processor or tokenizer.
-
-    Raises MissingExtra where the model's processor cannot be constructed without torchvision.
+def by_order(value: Tensor, order: Tensor, fill: float = -1) -> Tensor:
+    """(B, L): facts `value` (B, N) of prompt columns, told by the original position `order` (B or 1, N) of their tokens
+    instead; L is one more than the longest sample has tokens, and the last entry is `fill`, for what is no token of it.
     """
-    if processor is None:
-        raise MissingExtra(
-            "this model's processor needs torchvision: pip install torchvision, "
-            "or build the batch with its image processor and tokenizer"
-        )
-    batch = processor.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt", **options
+    order = order.expand(value.shape[0], -1)
+    n = int(order.max()) + 1
+    table = torch.full((value.shape[0], n + 1), fill, dtype=value.dtype, device=value.device)
+    return table.scatter(1, torch.where(order >= 0, order, n), value).index_fill(
+        1, torch.tensor([n], device=value.device), fill
     )
-    ids = batch["input_ids"]
-    tokenizer = getattr(processor, "tokenizer", processor)
-    token = getattr(processor, "image_token", None)
-    image_token = getattr(processor, "image_token_id", None)
-    if image_token is None and token is not None:
-        image_token = tokenizer.convert_tokens_to_ids(token)
-    return dict(batch), Segments.infer(ids, batch.get("attention_mask"), image_token)
+
+
+def look_up(table: Tensor, order: Tensor) -> Tensor:
+    """Facts of the tokens with these original positions (B or 1, ...), from a table of `by_order`: (B, ...)."""
+    B, last = table.shape[0], table.shape[1] - 1
+    at = torch.where((order < 0) | (order > last), last, order).expand(B, *order.shape[1:])
+    return table.gather(1, at.reshape(B, -1)).view(at.shape)
+
+
+def _raster(starts: Tensor, image: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Grid cells of visual tokens in raster order; -1 in images whose tokens are not as many as the cells."""
+    unknown = torch.full_like(image, -1)
+    n = image.shape[1]
+    columns = torch.arange(n, device=image.device).expand_as(image)
+    first = torch.where(starts, columns, 0).cummax(-1).values
+    place = columns - first
+    slot = image.clamp(min=0)
+    tokens = torch.zeros_like(image).scatter_add(1, slot, (image >= 0).long()).gather(1, slot)
+    fits = (image >= 0) & (tokens == grid[0] * grid[1])
+    return torch.where(fits, place // grid[1], unknown), torch.where(fits, place % grid[1], unknown)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seqwise.core import hf
 from seqwise.core.errors import PromptError, SeqwiseError, UnsupportedModel
 from seqwise.core.method import Method
-from seqwise.core.segments import IMAGE, PAD
+from seqwise.core.segments import IMAGE, PAD, by_order, look_up
 from seqwise.core.select import compact
 from seqwise.core.views import Stage, Transition
 from seqwise.core.visible import Visible
@@ -154,15 +154,10 @@ class StageDriver:
         segments = self.engine.segments
         assert segments is not None
         if "types" not in ledger.facts:
-            first = ledger.rows[0].order.expand(order.shape[0], -1)  # (B, q) original position of each segment column
-            n = int(first.max()) + 1
-            place = torch.where(first >= 0, first, n)
-            kind = torch.full((order.shape[0], n + 1), PAD, device=order.device).scatter(1, place, segments.type)
-            ledger.facts["types"] = kind, torch.full_like(kind, -1).scatter(1, place, segments.image)
+            first = ledger.rows[0].order  # the original position of each segment column
+            ledger.facts["types"] = by_order(segments.type, first, PAD), by_order(segments.image, first)
         kind, image = ledger.facts["types"]
-        real = order >= 0
-        at = torch.where(real, order, kind.shape[1] - 1)
-        return (kind.gather(1, at) == IMAGE) & real, torch.where(real, image.gather(1, at), -1)
+        return look_up(kind, order) == IMAGE, look_up(image, order)
 
     def _capture(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Runs a layer just up to its attention and takes query, key and value: norms, projections and RoPE are the

@@ -73,6 +73,8 @@ class TowerDriver:
     reducer: Method | None  # claims input.rows
     on_kept: Callable[[str, list[list[int]]], None]
     resting: Callable[[], bool]  # the run is under `plain()`
+    watched: frozenset[int] = frozenset()  # layers that watchers read
+    on_seen: Callable[[Tower], None] | None = None
     keep: Tensor | None = None  # (image rows of the batch, in order) bool, for the next language-model forward
     _layers: dict[int, tuple[Tensor, Tensor, Tensor, float]] = field(default_factory=dict)
     _state: dict[str, Tensor] = field(default_factory=dict)
@@ -94,7 +96,8 @@ class TowerDriver:
         """Hooks and instance overrides; returns the undos."""
         vision = self.vision
         name = type(self.anatomy.model).__name__
-        if not vision.prunable:
+        shortens = self.pruner is not None or self.reducer is not None
+        if shortens and not vision.prunable:
             raise UnsupportedModel(
                 f"{name}: its visual features cannot be shortened (several feature layers, CLS among the features, "
                 "or a patch merger); use a method that acts between decoder layers"
@@ -135,7 +138,7 @@ class TowerDriver:
         if mask is not None:
             raise UnsupportedModel(f"{type(self.anatomy.model).__name__}: a masked vision tower cannot be observed")
         wanted = self.pruner is not None and layer <= self.vision.feature_layer
-        if self._active and (wanted or layer == self.vision.feature_layer):
+        if self._active and (wanted or layer == self.vision.feature_layer or layer in self.watched):
             self._layers[layer] = (query, key, value, scaling)
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling)
 
@@ -216,6 +219,14 @@ class TowerDriver:
             result = original(*args, **kwargs)
         finally:
             self._active = False
+        if self.on_seen is not None:
+            patches = self.vision.grid[0] * self.vision.grid[1]
+            self.on_seen(
+                Tower(self.vision.grid, self.vision.specials, self.vision.feature_layer, patches, self._layers)
+            )
+        if self.pruner is None and self.reducer is None:
+            self._layers = {}
+            return result
         keep = self._choose()  # (T, N) bool
         flat = self._to_rows(keep)
         total = sum(feature.shape[0] for feature in result.pooler_output)

@@ -1,4 +1,4 @@
-"""What methods see of a model at work: a module's transition, a cut between layers, an attention map, a one-row step.
+"""What methods see of a model at work: a module's transition, a cut between layers, an attention map or call, a step.
 
 Views hold tensors of the engine; a method reads them and writes only to `state` and `shared`.
 """
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from seqwise.core.caches import SlotLayer
 from seqwise.core.observe import attention_statistics
+from seqwise.core.rope import Rope
+from seqwise.core.segments import look_up
 from seqwise.core.visible import Visible
 
 
@@ -83,6 +85,57 @@ class Block:
     state: dict[str, Tensor]  # (B, H, n) each, travels with the slots
     query_heads: int  # H
     statistics: Callable[[tuple[str, ...]], dict[str, Tensor]]  # of the chosen heads' whole map: (B, h, n) each
+    logits: Tensor  # (B, h, r, n) fp32 of the rows at hand, scaled, -inf where not seen
+    marks: dict[str, Tensor]  # (B, L) by name and original position, see `Method.mark`
+
+    def marked(self, name: str, order: Tensor) -> Tensor:
+        """The number `name` of the tokens with these original positions (B or 1, ...), -1 where none: (B, ...)."""
+        return look_up(self.marks[name], order)
+
+
+@dataclass
+class Kernel:
+    """One layer's attention call, as `attention.kernel` methods see it. Slots have no order; the newest q are last."""
+
+    layer: int
+    layers: int
+    phase: str
+    query: Tensor  # (B, H, q, D)
+    key: Tensor  # (B, Hkv, n, D)
+    value: Tensor
+    visible: Visible
+    scaling: float
+    softcap: float | None
+    state: dict[str, Tensor]  # (B, Hkv or H, n) each, travels with the slots
+    facts: dict[str, Any]  # lives as long as the prompt and what follows it
+    marks: dict[str, Tensor]  # (B, L) by name and original position, see `Method.mark`
+    rope: Rope | None  # where the method rotates
+    query_positions: Tensor | None  # (B or 1, q) RoPE positions of the rows, where the method rotates
+    key_positions: Tensor | None  # (B, Hkv, n) and of the slots, as stored
+    plain: Callable[[], Tensor]  # the model's own attention
+    pairs: int | None = None  # query-key products per head that `attend` computed, samples of the batch alike
+
+    @property
+    def order(self) -> Tensor:
+        """(B or 1, Hkv or 1, n): the original position of each slot's token, -1 on padding."""
+        return self.visible.order_k
+
+    @property
+    def rows(self) -> Tensor:
+        """(B or 1, q): the original position of each row's token, -1 on padding."""
+        return self.visible.order_q
+
+    @property
+    def live(self) -> Tensor:
+        """(B, Hkv, n) bool."""
+        shape = self.key.shape[:3]
+        if self.visible.live_k is None:
+            return torch.ones(shape, dtype=torch.bool, device=self.key.device)
+        return self.visible.live_k.expand(shape)
+
+    def marked(self, name: str, order: Tensor) -> Tensor:
+        """The number `name` of the tokens with these original positions (B or 1, ...), -1 where none: (B, ...)."""
+        return look_up(self.marks[name], order)
 
 
 @dataclass

@@ -4,12 +4,14 @@ A slot is seen when its token is not younger than the query's, is live, and lies
 
     seen(i, j) = order_k[j] <= order_q[i]  and  live_k[j]  and  order_q[i] - order_k[j] < window
 
-`order` counts a sample's real tokens from 0 and is -1 on padding. Masks exist only as tiles.
+`order` counts a sample's real tokens from 0 and is -1 on padding. A `rule` may hide more, or replace causality. Masks
+exist only as tiles.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ class Visible:
     order_q: (B or 1, q); order_k: (B or 1, Hkv or 1, n); live_q: (B or 1, q) or None (all live);
     live_k: (B or 1, Hkv or 1, n) or None. `offset` is set where slots are in column order and row i is column
     offset + i: tiles above the diagonal are then skipped. `extra` (B or 1, 1, q, n) is a further mask, True where seen.
+    `rule` (order of the rows (B or 1, 1, r, 1), of the slots (B or 1, h, 1, c)) -> bool, broadcastable to (B, h, r, c),
+    is one more; with `causal=False` it decides alone.
     """
 
     order_q: Tensor
@@ -32,6 +36,7 @@ class Visible:
     window: int | None = None
     offset: int | None = None
     extra: Tensor | None = None
+    rule: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @classmethod
     def of(
@@ -96,7 +101,7 @@ class Visible:
             if extra is not None:
                 at = rows[:, None, :, None].expand(-1, 1, -1, extra.shape[-1])
                 extra = extra.expand(batch, -1, -1, -1).gather(2, at)
-        return Visible(order_q, self.order_k, live_q, self.live_k, self.causal, self.window, offset, extra)
+        return replace(self, order_q=order_q, live_q=live_q, offset=offset, extra=extra)
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """Columns [low, high) outside of which rows start..stop see nothing for sure."""
@@ -109,7 +114,7 @@ class Visible:
 
     def open_until(self, start: int, stop: int, low: int, high: int) -> int:
         """The column in [low, high] before which rows start..stop see every live slot: no mask is needed there."""
-        if self.offset is None or self.extra is not None:
+        if self.offset is None or self.extra is not None or self.rule is not None:
             return low
         if self.window is not None and low < self.offset + stop - self.window:
             return low
@@ -131,6 +136,8 @@ class Visible:
             parts.append(self.live_k[..., None, low:high])
         if self.extra is not None:
             parts.append(self.extra[..., start:stop, low:high])
+        if self.rule is not None:
+            parts.append(self.rule(q, k))
         if not parts:
             return None
         seen = parts[0]

@@ -130,13 +130,9 @@ class _Driver:
         if self.run is None:
             return self.forward(ids)
         step = self.run.chunk or n
-        # what `generate` announces: a share of a chunked prompt refers to all of it
-        self.run.prompt = ([n] if self.run.chunk else None, n)
-        try:
+        with self.run.expect(ids, n):
             for start in range(0, n, step):
                 logits = self.forward(ids[:, start : start + step])
-        finally:
-            self.run.prompt = None
         self.run.end_prompt()
         return logits
 

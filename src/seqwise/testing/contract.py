@@ -35,7 +35,7 @@ from seqwise.core.config import known_classes
 from seqwise.core.errors import AlreadyAttached, SeqwiseError, SlotConflict, UnsupportedModel
 from seqwise.core.method import Method
 from seqwise.core.run import Run
-from seqwise.testing.families import FAMILIES, Batch, Family
+from seqwise.testing.families import FAMILIES, Batch, Family, marked
 
 __all__ = ["EXAMPLES", "ITEMS", "cell", "check", "examples", "home", "record"]
 
@@ -86,8 +86,9 @@ def _small(cls: type[Method]) -> dict[str, Any]:
 
 def home(method: Method) -> Family:
     """The family on which a method must pass in full: LLaVA for what acts on visual rows, else Llama."""
-    visual = {*_ROWS, "positions"} & _slots(method) or any("vision tower" in part.needs() for part in method.parts)
-    return FAMILIES["llava" if visual else "llama"]
+    visual = _ROWS & _slots(method) or any("vision tower" in part.needs() for part in method.parts)
+    places = any(type(part).place is not Method.place and not part.facts() for part in method.parts)
+    return FAMILIES["llava" if visual or places else "llama"]
 
 
 def check(method: Method, family: Family | None = None, items: tuple[int, ...] | None = None) -> list[str]:
@@ -127,9 +128,18 @@ def generate(model: Any, batch: Batch, run: Run | None = None, steps: int = STEP
     return Seen(ids, scores, run, [] if run is None else run.kept())
 
 
+@contextmanager
+def attached(method: Method, model: Any, batch: Batch, *, chunk: int | None = None) -> Iterator[Run]:
+    """The method on the model, with the facts of the prompt that it asks for."""
+    with method.on(model, chunk=chunk) as run:
+        if any(part.facts() for part in method.parts):
+            run.bind(marked(batch))
+        yield run
+
+
 def under(method: Method, model: Any, batch: Batch, *, chunk: int | None = None, **options: Any) -> Seen:
     """A generation under a method, in a context of its own."""
-    with method.on(model, chunk=chunk) as run:
+    with attached(method, model, batch, chunk=chunk) as run:
         return generate(model, batch, run, **options)
 
 
@@ -268,7 +278,7 @@ def item_1_identity(method: Method, family: Family) -> str | None:
         agree(under(plain, model, batch), generate(model, batch), family, f"{plain}: identity changes the model")
         with torch.no_grad():
             expected = model(**batch).logits
-            with plain.on(model):
+            with attached(plain, model, batch):
                 logits = model(**batch).logits
         real = batch["attention_mask"].bool()
         assert logits.shape == expected.shape, f"{plain}: identity changes the shape of the logits"
@@ -369,18 +379,18 @@ def item_4_less_work(method: Method, family: Family) -> str | None:
         return SKIPPED
     tower = anatomy.vision.layers[: anatomy.vision.feature_layer + 2] if anatomy.vision is not None else ()
 
-    def measured(attached: bool) -> tuple[list[list[int]], list[list[int]], int, Seen]:
+    def measured(plain: bool) -> tuple[list[list[int]], list[list[int]], int, Seen]:
         with widths(anatomy.layers) as rows, widths(tower) as patches:
-            if not attached:
+            if plain:
                 out = model.generate(**batch, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True)
                 cache = out.cache
                 return rows, patches, stored_bytes(cache), Seen(out.sequences, [])
-            with method.on(model) as run:
+            with attached(method, model, batch) as run:
                 seen = generate(model, batch, run)
                 return rows, patches, stored_bytes(run.cache), seen
 
-    plain_rows, plain_patches, plain_bytes, _ = measured(False)
-    rows, patches, stored, seen = measured(True)
+    plain_rows, plain_patches, plain_bytes, _ = measured(True)
+    rows, patches, stored, seen = measured(False)
     assert seen.run is not None
     report = seen.run.report()
     if "tower.rows" in slots:
@@ -501,10 +511,10 @@ def _second_turn(method: Method, family: Family) -> None:
         _finite(seen, second, f"{method}, second turn")
         return seen
 
-    with method.on(model) as run:
+    with attached(method, model, batch) as run:
         turns(run)
     if (plain := method.identity()) is not None:
-        with plain.on(model) as run:
+        with attached(plain, model, batch) as run:
             mine = turns(run)
         agree(mine, turns(None), family, f"{plain}: identity changes a second turn")
 
@@ -633,6 +643,10 @@ def item_7_composition(method: Method, family: Family) -> str | None:
         before = photograph(model)
         try:
             seen = under(both, model, batch)
+        except SlotConflict as error:
+            named = all(type(part).__name__ in str(error) for one in (method, other) for part in one.parts)
+            assert named, f"{both}: the refusal does not name both: {error}"
+            continue
         except UnsupportedModel as error:
             assert _unsupported(method, where) or _unsupported(other, where), (
                 f"{both}: refused though each runs alone: {error}"
@@ -676,7 +690,7 @@ def item_9_report(method: Method, family: Family) -> str | None:
     model = family.tiny()
     prompts = _prompts(family) if _batchable(method) else _prompts(family)[-1:]
     batch = family.pad_left(prompts)
-    with method.on(model) as run:
+    with attached(method, model, batch) as run:
         seen = generate(model, batch, run)
         report, held = run.report(), stored_bytes(run.cache)
         if not _inert(method):
@@ -685,6 +699,8 @@ def item_9_report(method: Method, family: Family) -> str | None:
     assert len(seen.kept) == len(prompts), f"{method}: kept() has {len(seen.kept)} samples of {len(prompts)}"
     for b, stages in enumerate(seen.kept):
         total = prompts[b]["input_ids"].shape[1] + STEPS
+        if "prompt" in _slots(method):  # positions are those of the prompt that the model read
+            total = max(position for heads in stages["cache 0"] for position in heads) + 1
         for stage, kept in stages.items():
             for positions in kept if kept and isinstance(kept[0], list) else [kept]:
                 assert positions and min(positions) >= 0 and max(positions) < total, (
@@ -699,7 +715,7 @@ def item_9_report(method: Method, family: Family) -> str | None:
         f"{method}: kept per layer: {report.kept}"
     )
     assert report.attention_work > 0, f"{method}: attention work is {report.attention_work}"
-    with torch.no_grad(), method.on(model) as run:
+    with torch.no_grad(), attached(method, model, batch) as run:
         logits = model(**batch).logits
         rows = run.rows
     assert [len(row) for row in rows] == [logits.shape[1]] * len(prompts), f"{method}: run.rows does not map the logits"

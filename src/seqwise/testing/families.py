@@ -11,14 +11,16 @@ Weights are drawn with a large spread, so that attention is peaked and what a me
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "Batch", "Family"]
+from seqwise.core.segments import CONTEXT, QUESTION, Segments
+
+__all__ = ["FAMILIES", "Batch", "Family", "marked"]
 
 Batch = dict[str, Tensor]
 
@@ -45,6 +47,22 @@ _TOWER: dict[str, Any] = {
     "patch_size": 4,
     "initializer_range": 0.2,
 }
+
+
+def marked(batch: Batch) -> Segments:
+    """Facts for the prompts of a batch: behind half of the words a set of three members, each with a box, and then the
+    question; the rest is context."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    facts = Segments.infer(ids, mask, _IMAGE)
+    words = facts.real & (ids <= _WORDS)
+    share = words.cumsum(-1) / words.sum(-1, keepdim=True)  # (B, N) in (0, 1]
+    after = (ids == _IMAGE).long().flip(-1).cumsum(-1).flip(-1) > 0  # an image is still to come
+    inside = words & ~after & (share > 0.5) & (share <= 0.9)
+    member = torch.where(inside, ((share - 0.5) / 0.4 * 3).ceil().long().clamp(1, 3) - 1, -1)
+    corner = torch.tensor([[40.0, 9.0], [3.0, 50.0], [3.0, 2.0], [torch.nan, torch.nan]])[member]  # (B, N, 2)
+    part = torch.where(facts.real, torch.where(share > 0.9, QUESTION, CONTEXT), -1)
+    box = torch.cat([corner, corner + 5], -1)
+    return replace(facts, set=torch.where(inside, 0, -1), member=member, part=part, box=box)
 
 
 @dataclass(frozen=True)
