@@ -320,6 +320,10 @@ class Engine:
                 raise PromptError(
                     "the prompt's token types are unknown (it came as embeddings); bind them: run.bind(segments)"
                 )
+            if whole is not None and whole.has("set"):  # a later turn's sets are others
+                before = ledger.facts.get("sets", 0)
+                whole = replace(whole, set=torch.where(whole.set >= 0, whole.set + before, -1))
+                ledger.facts["sets"] = int(whole.set.max()) + 1
             ledger.whole, ledger.whole_at, ledger.places = whole, start, None
             if whole is not None:
                 self._mark(ledger, rows, whole)
