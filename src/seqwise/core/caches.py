@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from seqwise.core.errors import CacheError
 from seqwise.core.ledger import Ledger
 from seqwise.core.observe import probabilities, received
 from seqwise.core.packed import Packed, storage_bytes
-from seqwise.core.select import budget_count, compact, keep_top
+from seqwise.core.select import budget_count, compact, keep_all_but_one, keep_top
 
+Kept: TypeAlias = "tuple[Tensor, Tensor | None]"  # slots (B, Hkv, k) and which of them are no padding, None for all
 _SPARE = 16  # one slot in so many is allocated ahead, so that a step does not copy the whole cache
 
 
@@ -71,6 +72,7 @@ class SlotLayer(CacheLayerMixin):
         self.tail = 0  # full-precision slots in use
         self.unpacked_rows = 0  # rows appended since the last packing, whatever became of them
         self.dead = 0  # slots per head known to be dead and not yet compacted
+        self.shrank = False  # the last forward evicted: the next one fills what that left
         self.attached = True
 
     # transformers' side
@@ -128,8 +130,9 @@ class SlotLayer(CacheLayerMixin):
         rows = self.ledger.rows[self.index]
         q = k.shape[2]
         before, total = self.slots, self.slots + q
-        self.keys = _grown(self.keys, self.tail, k)
-        self.values = _grown(self.values, self.tail, v)
+        self.keys = _grown(self.keys, self.tail, k, not self.shrank)
+        self.values = _grown(self.values, self.tail, v, not self.shrank)
+        self.shrank = False
         self.tail += q
         self.columns = self.ledger.columns
         self.unpacked_rows += q
@@ -169,12 +172,28 @@ class SlotLayer(CacheLayerMixin):
         """Evicts all slots but index (B, Hkv, k); `live` (B, Hkv, k) is False on padding."""
         if self.chunks:
             self._mark(index, live)
+        elif live is None and index.shape[-1] == self.tail - 1 and not self.keys.requires_grad:
+            self._fill_hole(index)
         else:
             self.keys = _gather(self.keys[:, :, : self.tail], index)
             self.values = _gather(self.values[:, :, : self.tail], index)
             self.tail = index.shape[-1]
             self._gather_facts(index, live)
+        self.shrank = True
         self.ledger.weigh(self.index, self.nbytes)
+
+    def _fill_hole(self, index: Tensor) -> None:
+        """Evicts the one slot per head that index (B, Hkv, n - 1) leaves out: the newest slot takes its place, so that
+        a step moves one slot and not the cache."""
+        k = self.tail - 1
+        at = torch.arange(k, device=index.device)
+        hole = (index == at).sum(-1, keepdim=True)  # ascending: what comes before the hole stands in its own place
+        into = hole[..., None].expand(-1, -1, -1, self.keys.shape[-1])
+        self.keys.scatter_(2, into, self.keys[:, :, k : k + 1].clone())
+        into = hole[..., None].expand(-1, -1, -1, self.values.shape[-1])
+        self.values.scatter_(2, into, self.values[:, :, k : k + 1].clone())
+        self.tail = k
+        self._gather_facts(torch.where(at == hole, k, at), None)
 
     def forget_outside(self, window: int) -> None:
         """Drops slots that no later row can see through a sliding window, a few at a time."""
@@ -314,11 +333,11 @@ class SlotLayer(CacheLayerMixin):
         return [[sorted(order[b, h][live[b, h]].tolist()) for h in range(live.shape[1])] for b in range(live.shape[0])]
 
 
-def _grown(buffer: Tensor, used: int, new: Tensor) -> Tensor:
-    """`buffer` with `new` written behind its first `used` slots, reallocated with a spare when full."""
+def _grown(buffer: Tensor, used: int, new: Tensor, ahead: bool) -> Tensor:
+    """`buffer` with `new` written behind its first `used` slots, reallocated when full; `ahead`: with a spare."""
     total = used + new.shape[2]
     if buffer.shape[2] < total or buffer.untyped_storage().nbytes() != buffer.numel() * buffer.element_size():
-        spare = max(4, total // _SPARE) if used else 0
+        spare = max(4, total // _SPARE) if used and ahead else 0
         larger = buffer.new_empty(*buffer.shape[:2], total + spare, buffer.shape[-1])
         larger[:, :, :used] = buffer[:, :, :used]
         buffer = larger
@@ -440,7 +459,7 @@ class View:
         recent: int = 0,
         protected: Tensor | None = None,
         prefer: str = "earlier",
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> Kept | None:
         """The `capacity` best slots by score (B, Hkv, n) and always the `recent` newest tokens; None if all fit."""
         if capacity is None or self.slots <= min(capacity):
             return None
@@ -448,10 +467,10 @@ class View:
             spare = torch.tensor([min(recent, count) for count in capacity], device=score.device)[:, None, None]
             young = (self.order > self.newest - spare).expand_as(score)
             protected = young if protected is None else protected.expand_as(score) | young
-        return keep_top(
-            score,
-            self.live,
-            [min(c, self.slots) for c in capacity],
-            protected=protected,
-            prefer=prefer,  # type: ignore[arg-type]
-        )
+        counts = [min(c, self.slots) for c in capacity]
+        options: dict[str, Any] = {"protected": protected, "prefer": prefer}
+        full = self.cache.live is None and len(set(counts)) == 1  # no padding comes in
+        if full and counts[0] == self.slots - 1:
+            return keep_all_but_one(score, **options), None
+        index, live = keep_top(score, self.live, counts, **options)
+        return index, None if full else live

@@ -21,7 +21,7 @@ from seqwise.core.errors import SlotConflict, UsageError
 
 if TYPE_CHECKING:
     from seqwise.core.anatomy import Anatomy
-    from seqwise.core.caches import Chunk, View
+    from seqwise.core.caches import Chunk, Kept, View
     from seqwise.core.run import Loop, Run
     from seqwise.core.segments import Segments
     from seqwise.core.towers import Tower, TowerLayer
@@ -192,7 +192,7 @@ class Method(Configured):
         kernel's log-sum-exp is kept; window statistics do without)."""
         return False
 
-    def retain(self, view: View) -> tuple[Tensor, Tensor] | None:
+    def retain(self, view: View) -> Kept | None:
         """`cache.retain`, after each layer's attention: slots to keep, as `view.keep` gives them; None keeps all."""
         raise NotImplementedError
 

@@ -38,12 +38,17 @@ def layer_budget(budget: Budget, layer: int, layers: int, owner: str = "budget")
     return budget[layer]
 
 
-def descending(score: Tensor, prefer: Literal["earlier", "later"] = "earlier") -> Tensor:
-    """Indices (..., n) by falling score (..., n), rounded to a relative `TIE`; among equals `prefer` decides."""
+def _coarse(score: Tensor) -> Tensor:
+    """fp32 scores rounded to a relative `TIE`."""
     bits = score.float().view(torch.int32)
     half = 1 << (_DROPPED_BITS - 1)
     coarse = ((bits + half) & -(1 << _DROPPED_BITS)).view(torch.float32)
-    coarse = torch.where(torch.isinf(score), score.float(), coarse)
+    return torch.where(torch.isinf(score), score.float(), coarse)
+
+
+def descending(score: Tensor, prefer: Literal["earlier", "later"] = "earlier") -> Tensor:
+    """Indices (..., n) by falling score (..., n), rounded to a relative `TIE`; among equals `prefer` decides."""
+    coarse = _coarse(score)
     if prefer == "earlier":
         return coarse.argsort(dim=-1, descending=True, stable=True)
     return score.shape[-1] - 1 - coarse.flip(-1).argsort(dim=-1, descending=True, stable=True)
@@ -78,6 +83,21 @@ def keep_top(
     place = torch.where(keeps, index, index - score.shape[-1])
     place, inner = place.sort(dim=-1)
     return place.clamp(min=0), keeps.gather(-1, inner)
+
+
+def keep_all_but_one(
+    score: Tensor, *, protected: Tensor | None = None, prefer: Literal["earlier", "later"] = "earlier"
+) -> Tensor:
+    """What `keep_top` keeps of n live slots when n - 1 fit, without sorting: (..., n) -> (..., n - 1) ascending."""
+    n = score.shape[-1]
+    ranked = _coarse(score.float().clamp(min=torch.finfo(torch.float32).min / 2))
+    if protected is not None:
+        ranked = ranked.masked_fill(protected, float("inf"))
+    at = torch.arange(n, device=score.device)
+    worst = ranked == ranked.amin(-1, keepdim=True)
+    out = torch.where(worst, at, -1).amax(-1) if prefer == "earlier" else torch.where(worst, at, n).amin(-1)
+    kept = at[: n - 1]
+    return kept + (kept >= out[..., None])
 
 
 def keep_best(score: Tensor, candidates: Tensor, count: Tensor) -> Tensor:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from seqwise.core.caches import View
+from seqwise.core.caches import Kept, View
 from seqwise.core.method import Method, budget_param, param, seeded
 from seqwise.core.select import layer_budget
 
@@ -41,7 +40,7 @@ class Recent(Method):
     def identity(self) -> Method:
         return replace(self, budget=1.0)
 
-    def retain(self, view: View) -> tuple[Tensor, Tensor] | None:
+    def retain(self, view: View) -> Kept | None:
         capacity = view.capacity(layer_budget(self.budget, view.layer, view.layers))
         score = view.order.float().expand_as(view.live)
         protected = (view.order >= 0) & (view.order < self.sinks)
@@ -64,7 +63,7 @@ class Random(Method):
     def identity(self) -> Method:
         return replace(self, budget=1.0)
 
-    def retain(self, view: View) -> tuple[Tensor, Tensor] | None:
+    def retain(self, view: View) -> Kept | None:
         capacity = view.capacity(layer_budget(self.budget, view.layer, view.layers))
         if capacity is None or view.slots <= min(capacity):
             return None

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from seqwise.core.anatomy import Anatomy
-from seqwise.core.caches import View
+from seqwise.core.caches import Kept, View
 from seqwise.core.method import Method, budget_param, param
 from seqwise.core.select import layer_budget, top_k
 
@@ -104,7 +104,7 @@ class A2SF(Method):
     def observes(self, phase: str) -> bool:
         return (phase == "decode" and self.evict == "every_step") or (phase == "prefill" and self.window is None)
 
-    def retain(self, view: View) -> tuple[Tensor, Tensor] | None:
+    def retain(self, view: View) -> Kept | None:
         if view.phase == "decode" and self.evict == "prefill":
             return None
         alpha = self.forget[view.layer] if isinstance(self.forget, tuple) else self.forget

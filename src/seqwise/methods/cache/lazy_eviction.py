@@ -28,7 +28,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from seqwise.core.caches import View
+from seqwise.core.caches import Kept, View
 from seqwise.core.errors import PromptError
 from seqwise.core.method import Method, budget_param, param
 from seqwise.core.select import layer_budget, top_k
@@ -119,7 +119,7 @@ class LazyEviction(Method):
     def observes(self, phase: str) -> bool:
         return phase == "decode"
 
-    def retain(self, view: View) -> tuple[Tensor, Tensor] | None:
+    def retain(self, view: View) -> Kept | None:
         capacity = view.capacity(layer_budget(self.budget, view.layer, view.layers, "LazyEviction.budget"))
         if view.phase == "prefill":
             if capacity is not None and view.final and min(capacity) <= self.window:
