@@ -65,7 +65,10 @@ def compare(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="needle, needles, kv, perplexity, agreement, or a .jsonl file. Again for more."),
     ] = None,
-    length: Annotated[Optional[list[int]], typer.Option(help="Tokens of context. Again for more.")] = None,  # noqa: UP045
+    length: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help='Tokens of context, or "2x" for twice the trained length. Again for more.'),
+    ] = None,
     prompts: Annotated[Optional[int], typer.Option(help="Prompts per task and length.")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(help="Of prompts and of methods that draw.")] = 0,
     chunk: Annotated[Optional[int], typer.Option(help="Prefill in chunks of so many tokens.")] = None,  # noqa: UP045

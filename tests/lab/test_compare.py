@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from seqwise import cli
 from seqwise.core.errors import UsageError
 from seqwise.core.method import Method
 from seqwise.lab import compare as compared
-from seqwise.lab.compare import Comparison, Settings
+from seqwise.lab.compare import RESERVED, Comparison, Settings
 from seqwise.lab.measure import measure
 from seqwise.lab.registry import load_methods, parse_methods
+from seqwise.lab.report import render
 from seqwise.lab.tasks import Needle, Perplexity, encode
 from seqwise.lab.zoo import load_model
 from seqwise.methods import A2SF, Full, LazyEviction, Recent, SnapKV, TokenRecycling, ZipCache
@@ -527,7 +528,7 @@ def test_quick_stops_in_time(folder, monkeypatch):
         (["--task", "missing.jsonl"], "missing.jsonl"),
         (["--length", "0"], "--length must be a whole number >= 1, got 0"),
         (["--length", "20"], "got 20"),
-        (["--length", "580"], "more than the 600 positions"),
+        (["--length", "2y"], "--length must be tokens, or \"2x\" for twice the trained length, got '2y'"),
         (["--prompts", "0"], "--prompts must be"),
         (["--chunk", "0"], "--chunk must be"),
         (["--seed", "-1"], "--seed must be"),
@@ -542,6 +543,45 @@ def test_quick_stops_in_time(folder, monkeypatch):
 def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, args, said):
     start = [] if "--model" in args else ["--model", folder]
     assert said in refused(capsys, "compare", *start, *args)
+
+
+def test_lengths_in_multiples_of_the_trained_one_and_what_lies_beyond(folder, tmp_path, capsys):
+    out = tmp_path / "r.json"
+    options = ["--task", "Perplexity(continuation=16)", "--method", "Recent(budget=0.5)", "--out", out]
+    assert run("compare", "--model", folder, "--length", "0.5x", "--length", "1.5x", "--prompts", 2, *options) == 0
+    document = json.loads(out.read_text())
+    assert document["settings"]["lengths"] == [300 - RESERVED, 900 - RESERVED]
+    assert {row["length"] for row in document["rows"]} == {300 - RESERVED, 900 - RESERVED}
+    (note,) = [note for note in document["notes"] if "beyond" in note]
+    assert note.startswith("708 tokens of context: beyond the 600 positions")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "nll by length" in shown and "108 708" in shown
+    page = render(document)
+    assert "by length" in page and "708 tokens" in page
+
+
+def test_a_model_with_learned_positions_cannot_go_beyond_them(folder, tmp_path, capsys):
+    path = tmp_path / "gpt2"
+    load_model(folder)[1].save_pretrained(path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_positions=200)).save_pretrained(path)
+    said = refused(capsys, "compare", "--model", path, "--length", "190", "--method", "Recent")
+    assert "more than the 200 positions" in said
+
+
+def test_what_is_kept_by_place_and_answers_by_depth_are_told(folder, tmp_path, capsys):
+    out = tmp_path / "r.json"
+    options = ["--task", "needle", "--method", "Recent(budget=0.5)", "--method", "ZipCache", "--out", out]
+    assert run("compare", "--model", folder, "--length", 160, "--prompts", 3, *options) == 0
+    document = json.loads(out.read_text())
+    bias = {row["method"]: row["position_correlation"] for row in document["rows"]}
+    assert bias["Recent(budget=0.5)"] > 0.5 and bias["ZipCache()"] is None is bias["Full()"]
+    by_depth = [row for row in document["by_depth"] if (row["method"], row["mode"]) == ("Full()", "blind")]
+    assert [(row["depth"], row["n"]) for row in by_depth] == [([0.0, 0.2], 1), ([0.2, 0.4], 1), ([0.4, 0.6], 1)]
+    each = next(row["per_prompt"] for row in document["rows"] if row["metric"] == "accuracy")
+    assert [one["depth"] for one in each] == [0.0, 0.25, 0.5]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "accuracy by depth of the answer, question-blind" in shown and "0% to 20%" in shown
+    assert "by depth of the answer" in render(document) and "place bias" in render(document)
 
 
 @pytest.mark.parametrize(

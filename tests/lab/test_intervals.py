@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqwise.lab import intervals
-from seqwise.lab.intervals import bootstrap_mean, clustered_mean, paired_difference, wilson
+from seqwise.lab.intervals import bootstrap_mean, clustered_mean, paired_difference, rank_correlation, wilson
 
 values = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=9)
 clusters = st.lists(values, min_size=1, max_size=5)
@@ -152,3 +152,18 @@ def test_no_values_or_no_numbers_are_refused(bad):
         clustered_mean([[1.0], bad])
     with pytest.raises(ValueError, match="at least one cluster"):
         clustered_mean([])
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=30))
+def test_rank_correlation_is_spearmans(pairs):
+    a, b = zip(*pairs, strict=True)
+    found = rank_correlation(a, b)
+    if len(set(a)) == 1 or len(set(b)) == 1:
+        assert found is None
+    else:
+        ranks = [[sum(y < x for y in side) + (side.count(x) + 1) / 2 for x in side] for side in (a, b)]
+        assert found == pytest.approx(np.corrcoef(*ranks)[0, 1])
+
+
+def test_rank_correlation_of_nothing():
+    assert rank_correlation([], []) is None is rank_correlation([1.0], [2.0])

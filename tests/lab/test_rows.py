@@ -1,6 +1,7 @@
 """Intervals, groups and tiers from made-up measurements."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from seqwise.lab.intervals import wilson
 from seqwise.lab.measure import Measurement
-from seqwise.lab.rows import PLAIN, Cell, difference, equal_cost, groups_of, newcombe, rows_of, tiers
+from seqwise.lab.rows import PLAIN, Cell, by_depth, difference, equal_cost, groups_of, newcombe, rows_of, tiers
 
 CELL = Cell("needle", "blind", 512)
 PAIRS = st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=2, max_size=40)
@@ -93,6 +94,18 @@ def test_tiers_need_thirty_prompts_and_an_interval():
     assert tiers("accuracy", "higher", found, list(found)) == [["good", "near"], ["bad"]]
     assert tiers("accuracy", "lower", found, list(found)) == [["bad"], ["near", "good"]]
     assert tiers("accuracy", "higher", {**found, "few": ones(0.5, n=29)}, [*found, "few"]) is None
+
+
+def test_depths_are_counted_in_fifths_and_unknown_ones_left_out():
+    known = {i: replace(one, depth=depth) for (i, one), depth in zip(
+        measured([1, 0, 1, 1]).items(), (0.0, 0.199, 1.0, None), strict=True)}  # fmt: skip
+    rows = by_depth(CELL, {"accuracy": "higher"}, {PLAIN: known, "Other": measured([1, 1])})
+    assert [(row["method"], row["depth"], row["n"], row["value"]) for row in rows] == [
+        (PLAIN, [0.0, 0.2], 2, 0.5),
+        (PLAIN, [0.8, 1.0], 1, 1.0),
+    ]
+    assert rows[0]["low"] < 0.5 < rows[0]["high"] and rows[1]["low"] is None
+    assert by_depth(CELL, {"accuracy": "higher"}, {PLAIN: measured([1, 0])}) == []
 
 
 def test_groups_put_methods_of_one_cost_side_by_side():

@@ -119,6 +119,11 @@ class Anatomy:
         return found
 
     @property
+    def extends(self) -> bool:
+        """Whether positions beyond the trained ones can be computed: rotary ones can, learned ones cannot."""
+        return "RoPE" in self.parts
+
+    @property
     def mrope(self) -> bool:
         return "1-D positions" not in self.parts
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from seqwise.core.errors import CacheError
 from seqwise.core.ledger import Ledger
-from seqwise.core.observe import probabilities, received
+from seqwise.core.observe import probabilities, received, take_slots
 from seqwise.core.packed import Packed, storage_bytes
 from seqwise.core.select import budget_count, compact, keep_all_but_one, keep_top
 
@@ -175,8 +175,8 @@ class SlotLayer(CacheLayerMixin):
         elif live is None and index.shape[-1] == self.tail - 1 and not self.keys.requires_grad:
             self._fill_hole(index)
         else:
-            self.keys = _gather(self.keys[:, :, : self.tail], index)
-            self.values = _gather(self.values[:, :, : self.tail], index)
+            self.keys = take_slots(self.keys[:, :, : self.tail], index)
+            self.values = take_slots(self.values[:, :, : self.tail], index)
             self.tail = index.shape[-1]
             self._gather_facts(index, live)
         self.shrank = True
@@ -231,8 +231,8 @@ class SlotLayer(CacheLayerMixin):
                 lives.append(alive)
             at += chunk.count
         index, alive = compact(live[..., at:])
-        self.keys = _gather(self.keys[:, :, : self.tail], index)
-        self.values = _gather(self.values[:, :, : self.tail], index)
+        self.keys = take_slots(self.keys[:, :, : self.tail], index)
+        self.values = take_slots(self.values[:, :, : self.tail], index)
         self.chunks, self.tail, self.dead = chunks, index.shape[-1], 0
         self._gather_facts(torch.cat([*indices, index + at], -1), torch.cat([*lives, alive], -1))
 
@@ -348,10 +348,6 @@ def _grown(buffer: Tensor, used: int, new: Tensor, ahead: bool) -> Tensor:
 def _joined(old: Tensor, new: Tensor) -> Tensor:
     heads = max(old.shape[1], new.shape[1])
     return torch.cat([old.expand(-1, heads, -1), new.expand(-1, heads, -1)], -1)
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
 
 
 def gather_state(value: Tensor, index: Tensor) -> Tensor:

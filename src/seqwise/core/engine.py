@@ -684,7 +684,8 @@ class Engine:
         chosen_q = query.index_select(1, pick)
         chosen_k = key.index_select(1, pick // g)
         chosen_v = value.index_select(1, pick // g)
-        picked_rows = method.rewritten_rows(q)
+        # each node of a draft is a step
+        picked_rows = slice(None) if self.tree is not None else method.rewritten_rows(q)
         rows = range(*picked_rows.indices(q))
         chosen_q, visible = chosen_q[:, :, rows.start : rows.stop], visible.take(slice(rows.start, rows.stop))
         lse = None if lse is None else lse[:, :, rows.start : rows.stop].index_select(1, pick)
@@ -716,8 +717,10 @@ class Engine:
             part = own.take(slice(start, stop))
             block.logits = masked_logits(chosen_q[:, :, start:stop], chosen_k, part, scaling, softcap)
             block.rows = part.order_q
-            pieces.append(method.rewrite(normalised(block.logits), block).to(value.dtype) @ chosen_v)
-        self.account.acted = True
+            own_p = normalised(block.logits)
+            p = method.rewrite(own_p, block)
+            self.account.acted = self.account.acted or p is not own_p
+            pieces.append(p.to(value.dtype) @ chosen_v)
         if len(rows) == q:
             return out.index_copy(1, pick, torch.cat(pieces, 2))
         out = out.clone()

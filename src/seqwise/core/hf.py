@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ATTENTION = "seqwise"  # the one name in transformers' two registries
+ATTENTION = "seqwise"  # the engine's name in transformers' two registries
 
 
-def register_attention(attend: Callable[..., Any]) -> None:
-    """Registers the engine's attention and mask function, once; both stay registered."""
+def register_attention(attend: Callable[..., Any], name: str = ATTENTION) -> None:
+    """Registers an attention function, and the mask function beside it, under a name, once; both stay registered."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    if ATTENTION not in AttentionInterface._global_mapping:
-        AttentionInterface.register(ATTENTION, attend)
-        AttentionMaskInterface.register(ATTENTION, _mask_untouched)
+    if name not in AttentionInterface._global_mapping:
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, _mask_untouched)
 
 
 def _mask_untouched(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -27,8 +27,8 @@ def _mask_untouched(*args: Any, attention_mask: Tensor | None = None, **kwargs: 
     return attention_mask
 
 
-def route_attention(modules: list[nn.Module]) -> Callable[[], None]:
-    """Lets these modules call the engine's attention function; returns the undo.
+def route_attention(modules: list[nn.Module], name: str = ATTENTION) -> Callable[[], None]:
+    """Lets these modules call the attention function of this name; returns the undo.
 
     Modules read the name from `self.config`, which other models may share: each gets a copy of its config, as an
     instance attribute that `undo` takes back.
@@ -41,7 +41,7 @@ def route_attention(modules: list[nn.Module]) -> Callable[[], None]:
             continue
         if id(config) not in copies:
             twin = copy.copy(config)
-            twin._attn_implementation_internal = ATTENTION
+            twin._attn_implementation_internal = name
             copies[id(config)] = twin
         replaced.append((module, config))
         module.config = copies[id(config)]

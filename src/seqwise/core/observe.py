@@ -315,10 +315,22 @@ def gathered_attention(
     flat = index.reshape(B, key.shape[1], -1)  # (B, Hkv, g k): a group reads from its own KV head
 
     def read(x: Tensor) -> Tensor:  # (B, H, k, D)
-        return x.gather(2, flat[..., None].expand(-1, -1, -1, x.shape[-1])).view(B, H, k, -1)
+        return take_slots(x, flat).view(B, H, k, -1)
 
     seen = None if live is None else live[:, :, None]  # (B, H, 1, k)
     return scaled_dot_product_attention(query, read(key), read(value), attn_mask=seen, scale=scaling)
+
+
+def take_slots(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, h, n, D) at slots index (B, h, k): (B, h, k, D), whole rows at once, which `gather` does not do."""
+    B, h, n, D = x.shape
+    b, head, row, one = x.stride()
+    if one != 1 or row < D or head % row or b % row or x.requires_grad or not x.numel():
+        return x.gather(2, index[..., None].expand(-1, -1, -1, D))
+    last = (B - 1) * (b // row) + (h - 1) * (head // row) + n  # rows of the storage from x on
+    table = x.as_strided((last, D), (row, 1))
+    start = torch.arange(B, device=x.device)[:, None] * (b // row) + torch.arange(h, device=x.device) * (head // row)
+    return table.index_select(0, (index + start[..., None]).flatten()).view(B, h, -1, D)
 
 
 def _mask_heads(seen: Tensor, H: int) -> Tensor:

@@ -74,6 +74,13 @@ class Report:
         return "\n".join(lines)
 
 
+def refuse_attached(model: nn.Module) -> None:
+    """Raises AlreadyAttached for a model that runs under a method."""
+    if "_seqwise_run" in vars(model):
+        method = vars(model)["_seqwise_run"].method
+        raise AlreadyAttached(f"{type(model).__name__} already runs under {method}; compose with `|` instead")
+
+
 class Run:
     """One method attached to one model. Made by `method.on(model)`; enter it to attach."""
 
@@ -97,11 +104,7 @@ class Run:
     # attaching
 
     def __enter__(self) -> Run:
-        if "_seqwise_run" in vars(self.model):
-            raise AlreadyAttached(
-                f"{type(self.model).__name__} already runs under {vars(self.model)['_seqwise_run'].method}; "
-                "compose with `|` instead"
-            )
+        refuse_attached(self.model)
         try:
             self.engine.install()
             self._set("_seqwise_run", self)

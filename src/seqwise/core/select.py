@@ -46,17 +46,20 @@ def _coarse(score: Tensor) -> Tensor:
     return torch.where(torch.isinf(score), score.float(), coarse)
 
 
-def descending(score: Tensor, prefer: Literal["earlier", "later"] = "earlier") -> Tensor:
-    """Indices (..., n) by falling score (..., n), rounded to a relative `TIE`; among equals `prefer` decides."""
-    coarse = _coarse(score)
-    if prefer == "earlier":
-        return coarse.argsort(dim=-1, descending=True, stable=True)
-    return score.shape[-1] - 1 - coarse.flip(-1).argsort(dim=-1, descending=True, stable=True)
+def descending(score: Tensor, prefer: Literal["earlier", "later"] = "earlier", k: int | None = None) -> Tensor:
+    """Indices (..., n) by falling score (..., n), rounded to a relative `TIE`; among equals `prefer` decides. k: only
+    the first so many."""
+    n = score.shape[-1]
+    bits = (_coarse(score) + 0.0).view(torch.int32)  # + 0.0: -0 and 0 are equal
+    rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    at = torch.arange(n, device=score.device)
+    unique = (rank.long() << 32) | (n - 1 - at if prefer == "earlier" else at)
+    return unique.topk(n if k is None else min(k, n), dim=-1).indices
 
 
 def top_k(score: Tensor, k: int, prefer: Literal["earlier", "later"] = "earlier") -> Tensor:
     """Indices of the k largest scores, ascending: (..., n) -> (..., min(k, n))."""
-    return descending(score, prefer)[..., :k].sort(dim=-1).values
+    return descending(score, prefer, k).sort(dim=-1).values
 
 
 def keep_top(
@@ -76,7 +79,7 @@ def keep_top(
     ranked = score.float().clamp(min=torch.finfo(torch.float32).min / 2).masked_fill(~live, float("-inf"))
     if protected is not None:
         ranked = ranked.masked_fill(protected & live, float("inf"))
-    index = descending(ranked, prefer)[..., :width]  # (B, H, width)
+    index = descending(ranked, prefer, width)  # (B, H, width)
     keeps = torch.arange(width, device=score.device) < torch.tensor(count, device=score.device)[:, None, None]
     keeps = keeps & live.gather(-1, index)
     # dead padding goes to the front, so that slots stay in order and the newest stays last

@@ -166,6 +166,8 @@ class Read:
         assert self.cache.order is not None
         B, H, k = positions.shape
         Hkv = self.key.shape[1]
+        if self.cache.in_columns and self.live is None:
+            return positions.clamp(min=0), positions >= 0
         sorted_order, at = self.cache.order.expand(B, Hkv, -1).sort(-1)
         wanted = positions.reshape(B, Hkv, -1)
         found = torch.searchsorted(sorted_order.contiguous(), wanted.contiguous()).clamp(max=sorted_order.shape[-1] - 1)

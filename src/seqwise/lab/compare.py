@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import tempfile
 import time
 import traceback
@@ -34,9 +35,9 @@ from seqwise.core.errors import SeqwiseError, UsageError
 from seqwise.lab.files import cache_dir, write_json
 from seqwise.lab.measure import Measurement, Traced, measure, modes_of
 from seqwise.lab.registry import load_methods, parse_methods
-from seqwise.lab.rows import ENOUGH, PLAIN, Cell, groups_of, rows_of
+from seqwise.lab.rows import ENOUGH, PLAIN, Cell, by_depth, groups_of, rows_of
 from seqwise.lab.tasks import File, Prompt, Task, encode, encode_answer, task
-from seqwise.lab.zoo import load_model
+from seqwise.lab.zoo import load_model, trained_positions
 
 SCHEMA = "seqwise.compare/1"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -44,6 +45,7 @@ DEFAULT_BUDGETS = ("0.5",)
 DEFAULT_METHODS = ("Recent", "Random", "H2O", "A2SF", "SnapKV", "ZipCache", "TidalDecode", "LazyEviction(window=8)")
 DEFAULT_TASKS = ("needle", "Perplexity(continuation=16)")
 DEFAULT_LENGTHS, DEFAULT_PROMPTS = (512,), 5
+RESERVED = 192  # of a length in multiples of the trained one, for the question, the template and the answer
 QUICK_METHODS = ("Recent", "A2SF", "SnapKV")
 QUICK_LENGTHS, QUICK_PROMPTS, QUICK_SECONDS = (256,), 3, 50.0
 
@@ -52,14 +54,15 @@ QUICK_LENGTHS, QUICK_PROMPTS, QUICK_SECONDS = (256,), 3, 50.0
 class Settings:
     """What to compare, in the words of the command line; empty tuples and None stand for the defaults.
 
-    budgets multiply over the methods that have a budget. lengths: tokens of context. prompts: per task and length.
+    budgets multiply over the methods that have a budget. lengths: tokens of context, or "2x": so many times the
+    positions that the model was trained on, question and answer included. prompts: per task and length.
     """
 
     model: str | None = None
     methods: Sequence[str] = ()
     budgets: Sequence[str] = ()
     tasks: Sequence[str] = ()
-    lengths: Sequence[int] = ()
+    lengths: Sequence[int | str] = ()
     prompts: int | None = None
     seed: int = 0
     chunk: int | None = None
@@ -70,7 +73,7 @@ class Settings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        at_least: list[tuple[str, int | None, int]] = [("length", value, 1) for value in self.lengths]
+        at_least: list[tuple[str, int | None, int]] = [("length", n, 1) for n in self.lengths if isinstance(n, int)]
         at_least += [("prompts", self.prompts, 1), ("chunk", self.chunk, 1), ("seed", self.seed, 0)]
         for name, value, least in at_least:
             if value is not None and value < least:
@@ -84,6 +87,7 @@ class Comparison:
     """
 
     def __init__(self, settings: Settings, *, out: Path | None = None, resume: bool = False) -> None:
+        self.settings = settings
         self.notes: list[str] = []
         load_methods(settings.plugins)
         quick = settings.quick
@@ -91,13 +95,14 @@ class Comparison:
         budgets = settings.budgets or (() if settings.methods else DEFAULT_BUDGETS)
         self.methods = [method for method in parse_methods(names, budgets) if str(method) != PLAIN]
         self.tasks = {label(one): one for one in map(_task, settings.tasks or DEFAULT_TASKS)}
-        lengths = settings.lengths or (QUICK_LENGTHS if quick else DEFAULT_LENGTHS)
+        lengths = [self._tokens(length) for length in settings.lengths] or (QUICK_LENGTHS if quick else DEFAULT_LENGTHS)
         prompts = settings.prompts or (QUICK_PROMPTS if quick else DEFAULT_PROMPTS)
-        self.settings = replace(settings, lengths=tuple(dict.fromkeys(lengths)), prompts=prompts)
+        self.lengths = tuple(dict.fromkeys(lengths))
+        self.settings = replace(settings, lengths=self.lengths, prompts=prompts)
         self.cells = [
             Cell(name, mode, length)
             for name, one in self.tasks.items()
-            for length in ([None] if isinstance(one, File) else self.settings.lengths)
+            for length in ([None] if isinstance(one, File) else self.lengths)
             for mode in modes_of(one)
         ]
         self.found: dict[Cell, dict[str, dict[int, Measurement]]] = {cell: {} for cell in self.cells}
@@ -112,6 +117,18 @@ class Comparison:
         self.resume = resume
 
     # what is compared
+
+    def _tokens(self, length: int | str) -> int:
+        """Tokens of context that a length stands for."""
+        if isinstance(length, int):
+            return length
+        times = re.fullmatch(r"(\d+(?:\.\d+)?)x", length.strip())
+        if times is None and not length.strip().isdecimal():
+            raise UsageError(f'--length must be tokens, or "2x" for twice the trained length, got {length!r}')
+        if times is None:
+            return int(length)
+        name = self.settings.model if self.settings.model != DEFAULT_MODEL else None
+        return max(1, round(float(times[1]) * trained_positions(name, self.settings.trust_remote_code)) - RESERVED)
 
     def _facts(self) -> dict[str, Any]:
         """The settings as JSON values, defaults filled in; two comparisons can be joined where they are equal."""
@@ -233,7 +250,9 @@ class Comparison:
     def _prompts(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[Cell, list[Prompt]]:
         """The prompts of each cell, checked: not empty, and not longer than the model can take."""
         assert self.settings.prompts is not None
-        limit = getattr(Anatomy.of(model).config, "max_position_embeddings", None)
+        anatomy = Anatomy.of(model)
+        limit = getattr(anatomy.config, "max_position_embeddings", None)
+        beyond: set[int | None] = set()
         made: dict[tuple[str, int | None], list[Prompt]] = {}
         for cell in self.cells:
             key, task = (cell.task, cell.length), self.tasks[cell.task]
@@ -247,10 +266,15 @@ class Comparison:
                 after = task.max_new_tokens or encode_answer(tokenizer, prompt).shape[1]
                 needed = context.shape[1] + question.shape[1] + after
                 if limit is not None and needed > limit:
-                    raise UsageError(
-                        f"task {cell.task} needs {needed} tokens, more than the {limit} positions of "
-                        f"{self.facts['model']}; use a smaller --length"
-                    )
+                    if not anatomy.extends:
+                        raise UsageError(
+                            f"task {cell.task} needs {needed} tokens, more than the {limit} positions of "
+                            f"{self.facts['model']}; use a smaller --length"
+                        )
+                    beyond.add(cell.length)
+        for length in sorted(beyond, key=lambda n: n or 0):
+            where = "your own prompts" if length is None else f"{length} tokens of context"
+            self.notes.append(f"{where}: beyond the {limit} positions that {self.facts['model']} was trained on")
         return {cell: made[cell.task, cell.length] for cell in self.cells}
 
     # the sample: what was kept of one text
@@ -279,6 +303,7 @@ class Comparison:
         order = [PLAIN, *map(str, self.methods)]
         rows: list[dict[str, Any]] = []
         groups: list[dict[str, Any]] = []
+        depths: list[dict[str, Any]] = []
         for cell in self.cells:
             failures = self.failures[cell]
             found = {
@@ -287,6 +312,7 @@ class Comparison:
             metrics = {name: better for name, better in self.tasks[cell.task].metrics.items() if _has(found, name)}
             rows += rows_of(cell, metrics, found, failures)
             groups += groups_of(cell, metrics, found) if metrics else []
+            depths += by_depth(cell, metrics, found) if metrics else []
         rows.sort(key=lambda row: order.index(row["method"]))
         return {
             "schema": SCHEMA,
@@ -302,6 +328,7 @@ class Comparison:
             "complete": self.complete,
             "rows": rows,
             "equal_cost": groups,
+            "by_depth": depths,
             "sample": self.sample,
             "notes": [*self.notes, *_notes(rows)],
             "measurements": [

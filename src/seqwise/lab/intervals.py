@@ -138,3 +138,19 @@ def _t_quantile(f: float) -> float:
     density = np.cos(x) ** (f - 1)
     mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
     return float(f**0.5 * np.tan(np.interp(LEVEL, mass / mass[-1], x)))
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Spearman's rank correlation of pairs, ties at their mean rank; None under 2 pairs or where a side is constant."""
+    x, y = _ranks(a), _ranks(b)
+    if len(x) < 2 or not x.any() or not y.any():
+        return None
+    return float((x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum()))
+
+
+def _ranks(values: Sequence[float]) -> Array:
+    """Ranks less their mean, 0 everywhere where all values are equal."""
+    _, group, count = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    last = count.cumsum()
+    ranks: Array = (last - (count - 1) / 2)[group]
+    return ranks - ranks.mean() if len(ranks) else ranks

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seqwise.core.method import Method
 from seqwise.core.run import Run
+from seqwise.lab.intervals import rank_correlation
 from seqwise.lab.tasks import Output, Prompt, Task, encode, encode_answer
 
 Mode: TypeAlias = Literal["blind", "aware"]
@@ -36,7 +37,9 @@ class Measurement:
     """Quality and cost of one prompt. Bytes are of the cache at the end, `tokens` all that the model has seen by then.
 
     kept_tokens: live slots, mean over layers and KV heads. attention_work: share of the plain model's query-key
-    products. prefill_s: seconds; decode_s: seconds per token, None where nothing was decoded.
+    products. prefill_s: seconds; decode_s: seconds per token, None where nothing was decoded. depth: where the answer
+    stands, as a share of the context. position_correlation: Spearman's, of a prompt token's place and the share of
+    (layer, KV head) that still holds it; None where all are held alike.
     """
 
     scores: dict[str, float]
@@ -51,6 +54,8 @@ class Measurement:
     acted: bool
     prefill_s: float
     decode_s: float | None
+    depth: float | None = None
+    position_correlation: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,7 +116,11 @@ def measure(
             raise ArithmeticError(f"scores are not finite: {scores}")
         cost = _cost(driver.cache) if run is None else _reported(run)
         kept = torch.ones(asked.shape[1]) if run is None else _kept(run, asked.shape[1])
-    measured = Measurement(scores=scores, text=text, prefill_s=prefill_s, decode_s=decode_s, **cost)
+    held = kept[: first.shape[1]]
+    measured = Measurement(
+        scores=scores, text=text, prefill_s=prefill_s, decode_s=decode_s, **cost, depth=prompt.facts.get("depth"),
+        position_correlation=rank_correlation(held.tolist(), range(len(held))),
+    )  # fmt: skip
     return Traced(measured, output.logits, kept)
 
 

@@ -62,7 +62,7 @@ def render(document: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     env.filters["breakable"] = breakable
-    env.globals.update(percent=percent, times=times, size=size, spread=spread)
+    env.globals.update(percent=percent, times=times, size=size, spread=spread, signed=signed)
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return env.get_template("report.html").render(
@@ -208,6 +208,7 @@ class Page:
         self.versions: Mapping[str, Any] = document.get("versions") or {}
         self.date = str(document.get("date") or "")
         self.groups: list[Mapping[str, Any]] = list(document.get("equal_cost") or [])
+        self.depth_rows: list[Mapping[str, Any]] = list(document.get("by_depth") or [])
         self.complete = document.get("complete") is not False
         self.notes = [str(note) for note in document.get("notes") or []]
         sample = document.get("sample") or {}
@@ -289,6 +290,30 @@ class Page:
             for group in self.groups
             if (group.get("task"), group.get("length"), group.get("metric"), group.get("mode")) == (*facet, mode)
         ]
+
+    @cached_property
+    def grids(self) -> list[Grid]:
+        """Main metrics against where the answer stands, and against the length where several were tried."""
+        found = []
+        for task, mode, length in dict.fromkeys((r["task"], r["mode"], r["length"]) for r in self.depth_rows):
+            rows = [r for r in self.depth_rows if (r["task"], r["mode"], r["length"]) == (task, mode, length)]
+            about = "" if length is None else f", {length} tokens"
+            keys = [(tuple(row["depth"]), "{:.0%} to {:.0%}".format(*row["depth"])) for row in rows]
+            pairs = [(key, row) for (key, _), row in zip(keys, rows, strict=True)]
+            title = f"{task}{about}, by depth of the answer"
+            found.append(Grid(title, mode, str(rows[0]["metric"]), dict(sorted(keys)), pairs))
+        for task in dict.fromkeys(facet[0] for facet in self.main_facets):
+            facets = [facet for facet in self.main_facets if facet[0] == task and facet[1] is not None]
+            for mode in self.modes if len(facets) > 1 else ():
+                cells = [cell for facet in facets for cell in self.of(facet, mode) if cell.quality]
+                if cells:
+                    heads = {facet[1]: f"{facet[1]} tokens" for facet in sorted(facets, key=lambda f: int(f[1]))}
+                    pairs = [(cell.facet[1], cell.row) for cell in cells]
+                    found.append(Grid(f"{task}, by length", mode, cells[0].metric, heads, pairs))
+        return [grid for grid in found if len(grid.heads) > 1]
+
+    def entry(self, name: str) -> Entry:
+        return next(entry for entry in self.entries if entry.name == name)
 
     @cached_property
     def columns(self) -> list[tuple[str, list[Facet]]]:
@@ -389,6 +414,31 @@ class Page:
         return list(flat(self.versions))
 
     mode_name = staticmethod(lambda mode: mode_name(mode))
+
+
+class Grid:
+    """One metric, methods against depths or lengths."""
+
+    def __init__(
+        self, title: str, mode: str, metric: str, heads: Mapping[Any, str], rows: list[tuple[Any, Mapping[str, Any]]]
+    ) -> None:
+        self.title, self.mode, self.metric, self.heads = title, mode, metric, heads
+        self.names = list(dict.fromkeys(str(row["method"]) for _, row in rows))
+        self.at = {(str(row["method"]), key): row for key, row in rows}
+
+    def texts(self, name: str) -> list[tuple[str, str]]:
+        """Of one method per column the value and its interval, empty where it was not measured."""
+        rows = [self.at.get((name, key)) for key in self.heads]
+        return [("", "") if row is None else (self.value(row), self.range(row)) for row in rows]
+
+    def value(self, row: Mapping[str, Any]) -> str:
+        return measure(self.metric, row["value"])
+
+    def range(self, row: Mapping[str, Any]) -> str:
+        return "" if row["low"] is None else between(self.metric, row["low"], row["high"])
+
+    def n(self, key: Any) -> int:
+        return max(int(row["n"]) for (_, at), row in self.at.items() if at == key)
 
 
 class Table:
@@ -592,6 +642,10 @@ def percent(share: float | None) -> str:
 
 def times(ratio: float | None) -> str:
     return "not measured" if ratio is None else f"{ratio:.2f}\N{MULTIPLICATION SIGN}"
+
+
+def signed(value: float) -> str:
+    return plus_minus(value, 2, signed=True)
 
 
 def spread(values: Sequence[float], text: Any) -> str:

@@ -22,6 +22,7 @@ from seqwise.lab.tasks import Better
 ENOUGH = 30  # prompts that a ranking needs
 TOLERANCE = 0.10  # what still counts as equal cost
 PLAIN = "Full()"
+DEPTHS = 5  # parts of the context in which answers are counted
 PROPORTIONS = ("accuracy",)  # metrics whose items are 0 or 1
 
 _MEANS = ("kept_tokens", "cache_bytes", "live_bytes", "plain_bytes", "peak_bytes", "attention_work", "tokens")
@@ -69,7 +70,8 @@ def rows_of(
             else:
                 measured = found[method]
                 each = [
-                    {"prompt": i, "value": one.scores[metric], "text": one.text} for i, one in sorted(measured.items())
+                    {"prompt": i, "value": one.scores[metric], "text": one.text, "depth": one.depth}
+                    for i, one in sorted(measured.items())
                 ]
                 row = {
                     **base,
@@ -147,6 +149,8 @@ def _cost(measured: Measured, plain: Measured) -> dict[str, Any]:
     cost: dict[str, Any] = {name: statistics.fmean(getattr(one, name) for one in ones) for name in _MEANS}
     cost |= {name: round(cost[name]) for name in _MEANS if name.endswith("_bytes")}
     cost["kept_share"] = cost["kept_tokens"] / cost["tokens"]
+    found = [one.position_correlation for one in ones if one.position_correlation is not None]
+    cost["position_correlation"] = statistics.fmean(found) if found else None
     both = [(measured[i], plain[i]) for i in measured if i in plain]
     cost["prefill_ratio"] = _median(a.prefill_s / b.prefill_s for a, b in both)
     cost["decode_ratio"] = _median(a.decode_s / b.decode_s for a, b in both if a.decode_s and b.decode_s)
@@ -155,7 +159,26 @@ def _cost(measured: Measured, plain: Measured) -> dict[str, Any]:
     return cost
 
 
-_COSTS = (*_MEANS, "kept_share", "prefill_ratio", "decode_ratio")
+_COSTS = (*_MEANS, "kept_share", "position_correlation", "prefill_ratio", "decode_ratio")
+
+
+def by_depth(cell: Cell, metrics: Mapping[str, Better], found: Mapping[str, Measured]) -> list[dict[str, Any]]:
+    """The main metric where the answer stands in each fifth of the context, per method; empty where no prompt knows."""
+    metric = next(iter(metrics))
+    rows = []
+    for method, measured in found.items():
+        for part in range(DEPTHS):
+            values = [
+                one.scores[metric]
+                for _, one in sorted(measured.items())
+                if one.depth is not None and min(int(one.depth * DEPTHS), DEPTHS - 1) == part
+            ]
+            if values:
+                low, high = _bounds(metric, values)
+                span = [part / DEPTHS, (part + 1) / DEPTHS]
+                facts = {**cell._asdict(), "method": method, "metric": metric, "depth": span, "n": len(values)}
+                rows.append({**facts, "value": statistics.fmean(values), "low": low, "high": high})
+    return rows
 
 
 def _median(values: Iterable[float]) -> float | None:

