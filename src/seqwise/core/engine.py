@@ -1,9 +1,10 @@
 """The hooks of one attached run: rows, attention, cache and positions, for every decoder family alike.
 
 One forward goes through here in this order:
-    before_model   columns enter the ledger; image rows that a reducer dropped go; positions are placed
+    before_model   columns enter the ledger (`facts.py`: what is known of them); image rows that a reducer dropped go;
+                   positions are placed
     before_layer   layer 0 adopts the cache; stages (`stages.py`) cut rows
-    attend         the attention function: mask from slots, rewrite, sparse read, then retain and store
+    attend         the attention function (`attending.py`)
     after_model    the prompt's counts are closed
 """
 
@@ -12,27 +13,22 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from seqwise.core import hf
-from seqwise.core.caches import SlotLayer, View
+from seqwise.core.attending import AttentionDriver
+from seqwise.core.caches import SlotLayer
 from seqwise.core.errors import CacheError, PromptError, SeqwiseError, SlotConflict, UnsupportedModel
+from seqwise.core.facts import PromptFacts
 from seqwise.core.ledger import Ledger, Rows
 from seqwise.core.method import Method
-from seqwise.core.observe import (
-    attention,
-    attention_statistics,
-    gathered_attention,
-    masked_logits,
-    normalised,
-    probabilities,
-)
+from seqwise.core.observe import attention
 from seqwise.core.rope import Rope, frequencies_of
-from seqwise.core.segments import Segments, by_order, look_up
+from seqwise.core.segments import Segments
 from seqwise.core.select import compact
 from seqwise.core.stages import Captured, StageDriver
 from seqwise.core.towers import Tower, TowerDriver
@@ -44,14 +40,6 @@ if TYPE_CHECKING:
 
 # attention module -> the callable that serves it; one process-wide map behind the one registered function
 _SITES: weakref.WeakKeyDictionary[nn.Module, Callable[..., Tensor]] = weakref.WeakKeyDictionary()
-
-_REWRITE_ROWS = 128
-_FACTS = {  # what a method can ask of a prompt -> how to give it
-    "set": "a set of pieces; build the prompt with seqwise.prepare (a part of type 'set') and run.bind(segments)",
-    "part": "context and question apart; build the prompt with seqwise.prepare (parts 'context' and 'question') and "
-    "run.bind(segments)",
-    "box": "set members with a box; build the prompt with seqwise.prepare (items with 'box') and run.bind(segments)",
-}
 
 
 def attend(
@@ -105,7 +93,8 @@ class Engine:
         self.cache: Any = None
         self.account = Account()
         self.segments: Segments | None = None
-        self.bound: Segments | None = None
+        self.facts = PromptFacts(self)
+        self.attending = AttentionDriver(self)
         self.input_ids: Tensor | None = None
         self.plain = False
         self.tree: Tensor | None = None  # (N, N) bool: what each draft node sees of the draft
@@ -228,7 +217,7 @@ class Engine:
         if self._swaps is not None:
             self.account.acted = self.account.acted or self._turned
         if ledger.phase == "prefill":
-            self.segments = self._segments_for(ledger, rows, q, mask)
+            self.segments = self.facts.of_rows(ledger, rows, q, mask)
             if self.input_ids is not None and self.input_ids.shape[1] == q:
                 ledger.ids = self.input_ids if ledger.ids is None else torch.cat([ledger.ids, self.input_ids], 1)
         if (
@@ -281,71 +270,6 @@ class Engine:
             if done or (q == 1 and total is None):
                 ledger.phase = "decode"
 
-    def take_bound(self, batch: int) -> Segments | None:
-        """The bound facts, for a batch of so many (copies of) samples, once."""
-        bound, self.bound = self.bound, None
-        return None if bound is None else bound.repeat(batch // bound.type.shape[0])
-
-    def require_facts(self, segments: Segments | None) -> None:
-        """Refuses a prompt without the facts that a method needs."""
-        for part in self.run.method.parts:
-            for fact in sorted(part.facts()):
-                if segments is None or not segments.has(fact):
-                    raise PromptError(f"{part} needs {_FACTS[fact]}")
-
-    def _segments_for(self, ledger: Ledger, rows: Rows, q: int, mask: Tensor | None) -> Segments | None:
-        """Facts of this forward's tokens; those of the whole prompt are read when its first rows come."""
-        at = ledger.columns - q - ledger.whole_at
-        if ledger.whole is None or not 0 <= at < ledger.whole.type.shape[1]:
-            start, at = ledger.columns - q, 0
-            ids, announced = self.input_ids, self.run.announced
-            columns = q
-            if announced is not None and announced.columns > ledger.columns:
-                columns, mask = announced.columns - start, announced.mask
-                ids = None if announced.ids is None else announced.ids[:, start:]
-                if ids is not None:
-                    ids = ids.repeat_interleave(ledger.batch // ids.shape[0], 0).to(rows.order.device)
-                if mask is not None:
-                    mask = mask.repeat_interleave(ledger.batch // mask.shape[0], 0).to(rows.order.device)
-            whole = self.take_bound(ledger.batch)
-            if whole is None and ids is not None and ids.shape[1] == columns:
-                vision = self.anatomy.vision
-                token, grid = (None, None) if vision is None else (vision.image_token, vision.grid)
-                whole = Segments.infer(ids, None if mask is None else mask[:, -columns:], token, grid)
-            if ledger.fresh:
-                self.require_facts(whole)
-            if whole is not None and whole.type.shape[1] != columns:
-                raise PromptError(f"segments must cover the prompt's {columns} tokens, got {whole.type.shape[1]}")
-            if whole is None and ("layer.rows" in self.by_slot or self.placer is not None):
-                raise PromptError(
-                    "the prompt's token types are unknown (it came as embeddings); bind them: run.bind(segments)"
-                )
-            if whole is not None and whole.has("set"):  # a later turn's sets are others
-                before = ledger.facts.get("sets", 0)
-                whole = replace(whole, set=torch.where(whole.set >= 0, whole.set + before, -1))
-                ledger.facts["sets"] = int(whole.set.max()) + 1
-            ledger.whole, ledger.whole_at, ledger.places = whole, start, None
-            if whole is not None:
-                self._mark(ledger, rows, whole)
-        if ledger.whole is None:
-            return None
-        return ledger.whole if q == ledger.whole.type.shape[1] else ledger.whole.columns(at, at + q)
-
-    def _mark(self, ledger: Ledger, rows: Rows, whole: Segments) -> None:
-        """What methods mark the whole prompt's tokens with, from now on told by original position."""
-        marks: dict[str, Tensor] = ledger.facts.setdefault("marks", {})
-        assert ledger.length is not None
-        before = ledger.length - (rows.count if rows.live is None else rows.live.sum(-1))  # (B,)
-        order = torch.where(whole.real, before[:, None] + whole.real.cumsum(-1) - 1, -1)  # (B, W)
-        for slot in ("mask", "attention.kernel", "attention.probs"):
-            method = self.by_slot.get(slot)
-            for name, value in (method.mark(whole, self.run) if method is not None else {}).items():
-                table, old = by_order(value, order), marks.get(name)
-                if old is not None:  # an earlier turn's
-                    held = table[:, : old.shape[1] - 1]
-                    table[:, : old.shape[1] - 1] = torch.where(held == -1, old[:, :-1], held)
-                marks[name] = table
-
     def _drop_images(self, kwargs: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
         assert self.towers is not None and self.segments is not None
         keep_rows, self.towers.keep = self.towers.keep, None
@@ -387,7 +311,7 @@ class Engine:
             assert ledger.length is not None
             rows = ledger.rows[0]
             if ledger.phase == "prefill":
-                positions = self._places(self.placer, ledger, q)
+                positions = self.facts.places(self.placer, ledger, q)
                 self.account.acted = True
             else:
                 if ledger.last_position is None:  # a prompt of one token whose first step is a draft
@@ -402,25 +326,6 @@ class Engine:
             given = ledger.rows[0].order.clamp(min=0) if given is None else given.expand(ledger.batch, -1)
             kwargs["position_ids"] = given - ledger.shift[0][:, None]
         return kwargs
-
-    def _places(self, placer: Method, ledger: Ledger, q: int) -> Tensor:
-        """(B, rows) positions of this forward's tokens; those of the whole prompt are asked for at its first rows."""
-        assert ledger.whole is not None and self.segments is not None
-        if ledger.places is None:
-            # rows that a reducer dropped have no place; such a prompt comes in one piece
-            whole = self.segments if ledger.whole.type.shape[1] == q else ledger.whole
-            places = placer.place(whole, self.anatomy)
-            if places is None or not places.is_floating_point():
-                got = None if places is None else places.dtype
-                raise TypeError(f"{placer}.place must return float positions, got {got}")
-            if ledger.last_position is not None:  # a later turn goes on behind the earlier ones
-                places = places + ledger.last_position[:, None] + 1
-            ledger.places = places
-            ledger.last_position = places.masked_fill(~whole.real, float("-inf")).amax(-1).ceil()
-            if q == ledger.whole.type.shape[1]:
-                return places
-        at = ledger.columns - q - ledger.whole_at
-        return ledger.places[:, at : at + q]
 
     def _before_layer(self, index: int) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -483,249 +388,10 @@ class Engine:
                 )
                 return attention(query, key, value, visible, scaling=scaling, softcap=softcap, dropout=dropout)[0]
             extra = _model_mask(mask, query, key)
-            return self._attend(index, query, key, value, dropout, scaling, softcap, extra, kw.get("position_ids"))
+            positions = kw.get("position_ids")
+            return self.attending.attend(index, query, key, value, dropout, scaling, softcap, extra, positions)
 
         return site
-
-    def _visible(self, index: int, q: int, layer: SlotLayer | None, extra: Tensor | None = None) -> Visible:
-        assert self.ledger is not None
-        rows = self.ledger.rows[index]
-        window = self.anatomy.windows[index]
-        masker, rule = self.by_slot.get("mask"), None
-        if masker is not None and self.ledger.phase == "prefill" and self.ledger.facts.get("marks"):
-            rule = functools.partial(_rule, masker, self.ledger.facts["marks"])
-            self.account.acted = True
-        causal = rule is None or not masker.looks_ahead  # type: ignore[union-attr]
-        if layer is None:
-            live = None if rows.live is None else rows.live[:, None]
-            return Visible(rows.order, rows.order[:, None], rows.live, live, causal, window, 0, extra, rule)
-        assert layer.order is not None
-        offset = layer.slots - q if layer.in_columns and self.tree is None else None
-        if self.tree is not None:
-            extra = torch.ones(1, 1, q, layer.slots, dtype=torch.bool, device=self.tree.device)
-            extra[..., layer.slots - q :] = self.tree
-        return Visible(rows.order, layer.order, rows.live, layer.live, causal, window, offset, extra, rule)
-
-    def _attend(
-        self, index: int, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float,
-        softcap: float | None, extra: Tensor | None, positions: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        ledger = self.ledger
-        assert ledger is not None
-        layer: SlotLayer | None = self.cache.layers[index] if self.cache is not None else None
-        H, q, n = query.shape[1], query.shape[2], key.shape[2]
-        visible = self._visible(index, q, layer, extra)
-        retainer, storer = self.by_slot.get("cache.retain"), self.by_slot.get("cache.store")
-        watching = [m for m in (retainer, storer) if m is not None and layer is not None]
-        want = any(method.observes(ledger.phase) for method in watching) and self.tree is None
-        spans = ledger.rows[index].spans if n == q else None
-        before = ledger.columns - q
-        self.account.plain_pairs += H * (q * before + q * (q + 1) // 2)
-        row_probabilities = lse = None
-
-        def own() -> Tensor:
-            return attention(
-                query, key, value, visible, scaling=scaling, softcap=softcap, dropout=dropout, spans=spans
-            )[0]
-
-        replaced = self._replaced(index, layer, query, key, value, scaling, softcap, visible, positions, own)
-        chosen = None
-        if replaced is None and q == 1 and "cache.read" in self.by_slot:
-            chosen = self._read(index, layer, query, key, scaling)
-        if replaced is not None:
-            out, pairs = replaced
-            self.account.pairs += H * (q * (n - q) + q * (q + 1) // 2 if pairs is None else pairs)
-            self.account.acted = True
-        elif chosen is not None:
-            out = gathered_attention(query, key, value, *chosen, scaling=scaling)
-            self.account.pairs += H * chosen[0].shape[-1]
-            self.account.acted = True
-        else:
-            self.account.pairs += H * (q * (n - q) + q * (q + 1) // 2)
-            if want and q == 1:
-                row_probabilities = probabilities(query, key, visible, scaling=scaling, softcap=softcap)  # (B, H, 1, n)
-                out = _weighted(row_probabilities, value)
-            else:
-                out, lse = attention(
-                    query,
-                    key,
-                    value,
-                    visible,
-                    scaling=scaling,
-                    softcap=softcap,
-                    dropout=dropout,
-                    spans=spans,
-                    want_lse=want,
-                )
-        rewriter = self.by_slot.get("attention.probs")
-        if rewriter is not None:
-            out = self._rewrite(rewriter, index, query, key, value, out, visible, layer, scaling, softcap, lse)
-        if self.stages is not None and index + 1 in self.stages.layers and ledger.phase == "prefill":
-            self.stages.previous = (query, key, value)
-        if layer is not None and watching:
-            if self.deferred is not None:
-                self.deferred[index] = (query, scaling, softcap)
-            else:
-                self._settle(index, layer, query, key, value, scaling, softcap, visible, lse, row_probabilities)
-        if layer is not None and visible.window is not None and self.tree is None:
-            layer.forget_outside(visible.window)
-        return out
-
-    def _replaced(
-        self, index: int, layer: SlotLayer | None, query: Tensor, key: Tensor, value: Tensor, scaling: float,
-        softcap: float | None, visible: Visible, positions: Tensor | None, own: Callable[[], Tensor],
-    ) -> tuple[Tensor, int | None] | None:  # fmt: skip
-        """What an `attention.kernel` method makes of this call, and the pairs per head that it computed."""
-        method, ledger = self.by_slot.get("attention.kernel"), self.ledger
-        if method is None:
-            return None
-        assert ledger is not None
-        state = layer.state if layer is not None else {}
-        key_positions = None
-        if self.rope is not None:
-            positions = (visible.order_q if positions is None else positions).float()  # (B or 1, q)
-            B, Hkv, n, _ = key.shape
-            q = query.shape[2]
-            known = state.get("rope")
-            key_positions = torch.zeros(B, Hkv, n, device=key.device) if known is None else known
-            key_positions[..., n - q :] = positions[:, None]
-            state["rope"] = key_positions
-        kernel = Kernel(
-            index, len(self.anatomy.layers), ledger.phase, query, key, value, visible, scaling, softcap, state,
-            ledger.facts, ledger.facts.get("marks", {}), self.rope, positions, key_positions, own,
-        )  # fmt: skip
-        out = method.attend(kernel)
-        return None if out is None else (out, kernel.pairs)
-
-    def _read(
-        self, index: int, layer: SlotLayer | None, query: Tensor, key: Tensor, scaling: float
-    ) -> tuple[Tensor, Tensor] | None:
-        assert self.ledger is not None
-        if self.ledger.phase != "decode" or layer is None:
-            return None
-        read = Read(index, len(self.anatomy.layers), query, key, layer.live, scaling, self.shared, layer)
-        return self.by_slot["cache.read"].read(read)
-
-    def _settle(
-        self, index: int, layer: SlotLayer, query: Tensor, key: Tensor, value: Tensor, scaling: float,
-        softcap: float | None, visible: Visible, lse: Tensor | None, row_probabilities: Tensor | None,
-    ) -> None:  # fmt: skip
-        """Retain, then store, on what the attention of these rows has shown."""
-        ledger = layer.ledger
-        final = ledger.expected_columns is None or ledger.columns >= ledger.expected_columns
-        view = View(
-            index,
-            len(self.anatomy.layers),
-            layer,
-            query,
-            key,
-            value,
-            scaling,
-            softcap,
-            visible,
-            lse,
-            row_probabilities,
-            final,
-        )
-        retainer, storer = self.by_slot.get("cache.retain"), self.by_slot.get("cache.store")
-        if retainer is not None:
-            kept = retainer.retain(view)
-            if kept is not None:
-                slots = layer.slots
-                layer.keep(*kept)
-                self.account.acted = self.account.acted or kept[0].shape[-1] < slots or layer.live is not None
-                if storer is not None:  # what the rows have shown still holds for the slots that are left
-                    view.key, view.value = layer.read()
-                    view.visible, view.row_probabilities = self._visible(index, query.shape[2], layer), None
-        if storer is not None:
-            chunks = storer.store(view)
-            if chunks:
-                layer.pack(chunks)
-                self.account.acted = True
-
-    def settle_tree(self, path: Tensor, count: int) -> None:
-        """A verified draft: only the accepted rows stay, then the methods see them as steps."""
-        assert self.ledger is not None and self.cache is not None
-        ledger = self.ledger
-        r = path.shape[0]
-        self.account.acted = True
-        ledger.columns -= count - r
-        ledger.step -= count - r
-        assert ledger.length is not None
-        ledger.length = ledger.length - (count - r)
-        rows = Rows(ledger.length[:, None] - r + torch.arange(r, device=path.device))
-        ledger.rows = [rows] * ledger.layers
-        if ledger.last_position is not None:
-            ledger.last_position = self._last_before + r
-        deferred, self.deferred = self.deferred or {}, None
-        for index, layer in enumerate(self.cache.layers):
-            layer.accept(path, count - r)
-            if index in deferred:
-                query, scaling, softcap = deferred[index]
-                key, value = layer.read()
-                visible = self._visible(index, r, layer)
-                self._settle(
-                    index, layer, query.index_select(2, path), key, value, scaling, softcap, visible, None, None
-                )
-
-    def _rewrite(
-        self, method: Method, index: int, query: Tensor, key: Tensor, value: Tensor, out: Tensor, visible: Visible,
-        layer: SlotLayer | None, scaling: float, softcap: float | None, lse: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """Replaces the chosen heads' output by rewritten probabilities times values, in blocks of rows."""
-        heads = method.rewritten_heads(index, self.anatomy)
-        if not heads:
-            return out
-        ledger = self.ledger
-        assert ledger is not None and ledger.length is not None
-        B, H, q, _ = query.shape
-        g = H // key.shape[1]
-        pick = torch.tensor(heads, device=query.device)
-        chosen_q = query.index_select(1, pick)
-        chosen_k = key.index_select(1, pick // g)
-        chosen_v = value.index_select(1, pick // g)
-        # each node of a draft is a step
-        picked_rows = slice(None) if self.tree is not None else method.rewritten_rows(q)
-        rows = range(*picked_rows.indices(q))
-        chosen_q, visible = chosen_q[:, :, rows.start : rows.stop], visible.take(slice(rows.start, rows.stop))
-        lse = None if lse is None else lse[:, :, rows.start : rows.stop].index_select(1, pick)
-        h, n = len(heads), key.shape[2]
-
-        def per_head(x: Tensor | None) -> Tensor | None:
-            return x if x is None or x.shape[1] == 1 else x.index_select(1, pick // g)
-
-        order_k, live_k = per_head(visible.order_k), per_head(visible.live_k)
-        assert order_k is not None
-        own = replace(visible, order_k=order_k, live_k=live_k)
-
-        def statistics(reduce: tuple[str, ...]) -> dict[str, Tensor]:
-            return attention_statistics(
-                chosen_q, chosen_k, visible=own, lse=lse, scaling=scaling, softcap=softcap,
-                reduce=reduce,  # type: ignore[arg-type]
-            )  # fmt: skip
-
-        live = torch.ones(B, h, n, dtype=torch.bool, device=query.device) if live_k is None else live_k.expand(B, h, n)
-        state = layer.state if layer is not None else {}
-        block = Block(
-            index, heads, ledger.phase, visible.order_q, order_k, live, ledger.length, state, H, statistics,
-            torch.zeros(0), ledger.facts.get("marks", {}),
-        )  # fmt: skip
-        method.prepare(block)
-        pieces = []
-        for start in range(0, len(rows), _REWRITE_ROWS):
-            stop = min(start + _REWRITE_ROWS, len(rows))
-            part = own.take(slice(start, stop))
-            block.logits = masked_logits(chosen_q[:, :, start:stop], chosen_k, part, scaling, softcap)
-            block.rows = part.order_q
-            own_p = normalised(block.logits)
-            p = method.rewrite(own_p, block)
-            self.account.acted = self.account.acted or p is not own_p
-            pieces.append(p.to(value.dtype) @ chosen_v)
-        if len(rows) == q:
-            return out.index_copy(1, pick, torch.cat(pieces, 2))
-        out = out.clone()
-        out[:, pick, rows.start : rows.stop] = torch.cat(pieces, 2)
-        return out
 
     # reports
 
@@ -751,23 +417,6 @@ def _model_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | Non
             "this model masks its attention by column, which does not fit a cache or rows that shrink"
         )
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
-def _rule(masker: Method, marks: dict[str, Tensor], order_q: Tensor, order_k: Tensor) -> Tensor:
-    """`Visible.rule` of a method: rows (B or 1, 1, r, 1) and slots (B or 1, h, 1, c) by original position."""
-
-    def told(order: Tensor) -> dict[str, Tensor]:
-        return {"order": order} | {name: look_up(table, order) for name, table in marks.items()}
-
-    return masker.sees(told(order_q), told(order_k))
-
-
-def _weighted(p: Tensor, value: Tensor) -> Tensor:
-    """Probabilities (B, H, q, n) times values (B, Hkv, n, D), query heads grouped by KV head."""
-    B, H, q, n = p.shape
-    Hkv = value.shape[1]
-    grouped = p.to(value.dtype).reshape(B, Hkv, -1, n) @ value  # (B, Hkv, g q, D)
-    return grouped.reshape(B, H, q, value.shape[-1])
 
 
 __all__ = ["Account", "Block", "Engine", "Kernel", "Read", "Stage", "Transition", "attend"]

@@ -136,7 +136,7 @@ class Run:
 
     def bind(self, segments: Segments) -> None:
         """Facts of the next prompt's tokens; a length that does not match is refused when the prompt comes."""
-        self.engine.bound = segments
+        self.engine.facts.bound = segments
 
     def begin_prompt(self) -> None:
         """The next rows are a prompt, also on a kept cache (a new turn whose tokens may be dropped again)."""
@@ -228,10 +228,10 @@ class Run:
             raise PromptError(f"{worder} rewords token ids; give no embeddings, images or streamer")
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        segments, bound = self.engine.take_bound(ids.shape[0]), []
+        segments, bound = self.engine.facts.take_bound(ids.shape[0]), []
         if segments is None:
             segments = Segments.infer(ids, mask, None)
-        self.engine.require_facts(segments)
+        self.engine.facts.require(segments)
         if segments.type.shape[1] != ids.shape[1]:
             raise PromptError(f"segments must cover the prompt's {ids.shape[1]} tokens, got {segments.type.shape[1]}")
         texts = []
@@ -246,7 +246,7 @@ class Run:
         kwargs["attention_mask"] = torch.cat(
             [torch.nn.functional.pad(torch.ones_like(text), (width - text.shape[1], 0)) for text in texts]
         )
-        self.engine.bound = Segments.padded(bound, width)
+        self.engine.facts.bound = Segments.padded(bound, width)
         return torch.cat(padded)
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
@@ -549,4 +549,4 @@ class Loop:
 
     def accept(self, path: Tensor, count: int) -> None:
         """Keeps the nodes path (r,) of the last draft of `count`, in the cache and in the methods' eyes."""
-        self.run.engine.settle_tree(path, count)
+        self.run.engine.attending.settle_tree(path, count)
