@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from seqwise.core.engine import Block, Kernel
-from seqwise.core.errors import PromptError, SlotConflict
+from seqwise.core.errors import PromptError, SlotConflict, UnsupportedModel
 from seqwise.core.method import Method
 from seqwise.core.observe import masked_logits, normalised
 from seqwise.core.segments import Segments
@@ -217,6 +217,44 @@ def test_positions_of_keys_travel_with_the_slots_that_eviction_leaves():
         torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=1e-3)
 
 
+@dataclass(frozen=True)
+class Marks(Own):
+    """Looks up which member each slot belongs to, and counts how often it was asked to mark."""
+
+    slots: ClassVar[tuple[str, ...]] = ("mask", "attention.kernel")
+
+    def mark(self, segments, run):
+        run.state[self] = run.state.get(self, 0) + 1
+        return {"member": segments.member}
+
+    def sees(self, query, key):
+        return torch.ones((), dtype=torch.bool)
+
+    def attend(self, kernel):
+        kernel.facts["seen"] = kernel.marked("member", kernel.order)
+        assert kernel.capacity(7) == [7] * kernel.query.shape[0] and kernel.capacity(1.0) is None
+        return super().attend(kernel)
+
+
+def test_marks_are_made_once_saved_with_a_context_and_follow_the_samples(tmp_path):
+    model, batch = LLAMA.tiny(), LLAMA.pad_left([LLAMA.prompt(20, seed=1), LLAMA.prompt(32, seed=2)])
+    facts = marked(batch)
+    with torch.no_grad(), Marks().on(model) as run:
+        run.bind(facts)
+        cache = model(**batch).cache
+        assert run.state[Marks()] == 1
+        table = run.engine.ledger.facts["marks"]["member"].clone()
+        path = run.save(tmp_path / "c.safetensors")
+        cache.batch_select_indices(torch.tensor([1, 1, 0]))
+        assert run.engine.ledger.facts["marks"]["member"].equal(table[[1, 1, 0]])
+    with torch.no_grad(), Marks().on(model) as run:
+        cache = run.load(path)
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+        model(input_ids=torch.tensor([[3], [4]]), attention_mask=mask, cache=cache)
+        seen = run.engine.ledger.facts["seen"]
+    assert seen[:, 0, :-1].equal(facts.member) and (seen[..., -1] == -1).all()
+
+
 def test_what_cannot_work_together_is_refused_by_name():
     with pytest.raises(SlotConflict, match=r"TokenRecycling.*Own\(\)"):
         (Own() | TokenRecycling()).on(LLAMA.tiny())
@@ -273,6 +311,11 @@ def test_a_reworded_prompt_answers_under_the_callers_own_ids():
     with ids:
         sampled = model.generate(**batch, max_new_tokens=3, num_return_sequences=2, do_sample=True)
     assert sampled.shape == (4, 20) and sampled[:, :17].equal(batch["input_ids"].repeat_interleave(2, 0))
+
+
+def test_a_prompt_with_images_cannot_be_reworded():
+    with Twice().on(LLAVA.tiny()) as run, pytest.raises(UnsupportedModel, match="rewords texts"):
+        run.model.generate(**LLAVA.prompt(20), max_new_tokens=2)
 
 
 def test_a_reworded_prompt_goes_with_chunks_and_eviction_and_needs_an_empty_cache():

@@ -25,6 +25,7 @@ from seqwise.core.observe import (
     probabilities,
 )
 from seqwise.core.segments import look_up
+from seqwise.core.select import budget_count
 from seqwise.core.views import Block, Kernel, Read
 from seqwise.core.visible import Visible
 
@@ -143,9 +144,18 @@ class AttentionDriver:
             key_positions = torch.zeros(B, Hkv, n, device=key.device) if known is None else known
             key_positions[..., n - q :] = positions[:, None]
             state["rope"] = key_positions
+
+        def capacity(budget: int | float) -> list[int] | None:
+            if layer is not None:
+                return layer.capacity(budget)
+            if isinstance(budget, int):
+                return [budget] * ledger.batch
+            return None if budget == 1.0 else [budget_count(budget, n) for n in ledger.base(index)]
+
         kernel = Kernel(
             index, len(self.engine.anatomy.layers), ledger.phase, query, key, value, visible, scaling, softcap, state,
             ledger.facts, ledger.facts.get("marks", {}), self.engine.rope, positions, key_positions, own,
+            capacity,
         )  # fmt: skip
         out = method.attend(kernel)
         return None if out is None else (out, kernel.pairs)

@@ -91,9 +91,10 @@ class PromptFacts:
         assert ledger.length is not None
         before = ledger.length - (rows.count if rows.live is None else rows.live.sum(-1))  # (B,)
         order = torch.where(whole.real, before[:, None] + whole.real.cumsum(-1) - 1, -1)  # (B, W)
-        for slot in ("mask", "attention.kernel", "attention.probs"):
-            method = self.engine.by_slot.get(slot)
-            for name, value in (method.mark(whole, self.engine.run) if method is not None else {}).items():
+        for part in self.engine.run.method.parts:
+            if not {"mask", "attention.kernel", "attention.probs"} & set(part.slots):
+                continue
+            for name, value in part.mark(whole, self.engine.run).items():
                 table, old = by_order(value, order), marks.get(name)
                 if old is not None:  # an earlier turn's
                     held = table[:, : old.shape[1] - 1]

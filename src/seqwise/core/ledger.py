@@ -70,7 +70,9 @@ class Ledger:
     expected_columns: int | None = None
     kept: dict[str, list[Any]] = field(default_factory=dict)  # stage -> per sample, original positions that stayed
     shift: dict[int, Tensor] = field(default_factory=dict)  # first layer -> (B,) renumbered positions to take off
-    facts: dict[str, Any] = field(default_factory=dict)  # what a method remembers for this prompt
+    # what is remembered for this prompt: tensors (B, ...), tuples and dicts of them, or objects whose `select(batch)`
+    # reorders their samples
+    facts: dict[str, Any] = field(default_factory=dict)
     fresh: bool = True
     last_position: Tensor | None = None  # (B,) of the newest token, where a method set positions
     ids: Tensor | None = None  # (B, columns) of the prompt, where it came as ids
@@ -150,12 +152,25 @@ class Ledger:
         self.entered = [[counts[i] for i in at] for counts in self.entered]
         self.kept = {stage: [kept[i] for i in at] for stage, kept in self.kept.items()}
         self.shift = {layer: shift.index_select(0, batch.to(shift.device)) for layer, shift in self.shift.items()}
+        self.facts = {name: _selected(value, batch) for name, value in self.facts.items()}
         if self.expected is not None:
             self.expected = [self.expected[i] for i in at]
         if self.ids is not None:
             self.ids = self.ids.index_select(0, batch.to(self.ids.device))
         if self.last_position is not None:
             self.last_position = self.last_position.index_select(0, batch.to(self.last_position.device))
+
+
+def _selected(value: Any, batch: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value.index_select(0, batch.to(value.device))
+    if isinstance(value, tuple):
+        return tuple(_selected(item, batch) for item in value)
+    if isinstance(value, dict):
+        return {name: _selected(item, batch) for name, item in value.items()}
+    if hasattr(value, "select"):
+        value.select(batch)
+    return value
 
 
 def _contiguous(live: Tensor) -> list[tuple[int, int]] | None:

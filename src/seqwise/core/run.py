@@ -224,8 +224,10 @@ class Run:
 
     def _reword(self, worder: Method, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The ids (B, m) that the model reads instead of `ids` (B, n), padded on the left; sets the mask for them."""
-        if ids.dim() != 2 or kwargs.get("pixel_values") is not None or kwargs.get("streamer") is not None:
-            raise PromptError(f"{worder} rewords token ids; give no embeddings, images or streamer")
+        if kwargs.get("pixel_values") is not None:
+            raise UnsupportedModel(f"{worder} rewords texts; a prompt with images cannot be")
+        if ids.dim() != 2 or kwargs.get("streamer") is not None:
+            raise PromptError(f"{worder} rewords token ids; give no embeddings and no streamer")
         mask = kwargs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         segments, bound = self.engine.facts.take_bound(ids.shape[0]), []
@@ -378,6 +380,7 @@ class Run:
             if value is not None:
                 tensors[f"ledger.{name}"] = value
         tensors |= {f"ledger.shift.{layer}": shift for layer, shift in ledger.shift.items()}
+        tensors |= {f"ledger.marks.{name}": table for name, table in ledger.facts.get("marks", {}).items()}
         facts = {
             "format": _FORMAT, "method": str(self.method), "fingerprint": self.anatomy.fingerprint, "layers": layers,
             "ledger": {n: getattr(ledger, n) for n in ("batch", "step", "columns", "entered", "padded", "kept")},
@@ -429,6 +432,9 @@ class Run:
         ledger.length, ledger.last_position = tensors["ledger.length"], tensors.get("ledger.last_position")
         ledger.ids = tensors.get("ledger.ids")
         ledger.shift = {int(n.rsplit(".", 1)[1]): x for n, x in tensors.items() if n.startswith("ledger.shift.")}
+        marks = {n.removeprefix("ledger.marks."): x for n, x in tensors.items() if n.startswith("ledger.marks.")}
+        if marks:
+            ledger.facts["marks"] = marks
         layers = []
         for index, spec in enumerate(facts["layers"]):
             layer = SlotLayer(ledger, index)

@@ -113,6 +113,7 @@ class Kernel:
     query_positions: Tensor | None  # (B or 1, q) RoPE positions of the rows, where the method rotates
     key_positions: Tensor | None  # (B, Hkv, n) and of the slots, as stored
     plain: Callable[[], Tensor]  # the model's own attention
+    capacity: Callable[[int | float], list[int] | None]  # tokens per sample that a budget allows, None for 1.0
     pairs: int | None = None  # query-key products per head that `attend` computed, samples of the batch alike
 
     @property
