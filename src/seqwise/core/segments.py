@@ -118,14 +118,25 @@ class Segments:
         image = row = column = unknown
         if image_token is not None:
             visual = input_ids == image_token
-            starts = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
             type_ = torch.where(visual, IMAGE, type_)
-            image = torch.where(visual, starts.cumsum(-1) - 1, image)
+            image = image_runs(visual)
             if grid is not None and min(grid) > 0:
-                row, column = _raster(starts, image, grid)
+                row, column = _raster(image, grid)
         if attention_mask is not None:
             type_ = torch.where(attention_mask.bool(), type_, PAD)
         return cls(type_, image, unknown, row, column, unknown, unknown)
+
+
+def image_runs(is_visual: Tensor, image: Tensor | None = None) -> Tensor:
+    """Number of the image that each token belongs to, in order of appearance, -1 at text: int64 (B, L).
+
+    is_visual: bool (B, L). An image is a stretch of consecutive visual tokens, all its tiles together; where image
+    (B, L), an id per token, changes inside a stretch, the next image starts.
+    """
+    starts = is_visual & ~torch.nn.functional.pad(is_visual[:, :-1], (1, 0))
+    if image is not None:
+        starts = starts | (is_visual & torch.nn.functional.pad(image[:, 1:] != image[:, :-1], (1, 0)))
+    return (starts.cumsum(-1) - 1).masked_fill(~is_visual, -1)
 
 
 def by_order(value: Tensor, order: Tensor, fill: float = -1) -> Tensor:
@@ -147,11 +158,12 @@ def look_up(table: Tensor, order: Tensor) -> Tensor:
     return table.gather(1, at.reshape(B, -1)).view(at.shape)
 
 
-def _raster(starts: Tensor, image: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _raster(image: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Grid cells of visual tokens in raster order; -1 in images whose tokens are not as many as the cells."""
     unknown = torch.full_like(image, -1)
     n = image.shape[1]
     columns = torch.arange(n, device=image.device).expand_as(image)
+    starts = (image >= 0) & (image != torch.nn.functional.pad(image[:, :-1], (1, 0), value=-1))
     first = torch.where(starts, columns, 0).cummax(-1).values
     place = columns - first
     slot = image.clamp(min=0)

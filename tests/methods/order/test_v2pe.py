@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqwise.core.errors import PromptError, UnsupportedModel, UsageError
-from seqwise.core.segments import IMAGE, PAD, TEXT, Segments
+from seqwise.core.segments import IMAGE, PAD, TEXT, Segments, image_runs
 from seqwise.methods.order.v2pe import (
     STRIDES,
     V2PE,
     draw_deltas,
-    image_runs,
     largest_delta,
     next_position,
     positions,

@@ -25,22 +25,10 @@ from torch.nn.functional import pad
 from seqwise.core.anatomy import Anatomy
 from seqwise.core.errors import UsageError
 from seqwise.core.method import Method, param
-from seqwise.core.segments import Segments
+from seqwise.core.segments import Segments, image_runs
 
 STRIDES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TILE = 256  # visual tokens per tile: delta = stride / TILE
-
-
-def image_runs(is_visual: Tensor, image: Tensor | None = None) -> Tensor:
-    """Index of the image run that each token belongs to, -1 at text.
-
-    is_visual: bool (B, L). A run is a stretch of consecutive visual tokens, all tiles of one image together;
-    where image (B, L), an id per token, changes inside a stretch, a new run starts. Returns (B, L).
-    """
-    starts = is_visual & ~pad(is_visual[:, :-1], (1, 0))
-    if image is not None:
-        starts = starts | (is_visual & pad(image[:, 1:] != image[:, :-1], (1, 0)))
-    return (starts.cumsum(-1) - 1).masked_fill(~is_visual, -1)
 
 
 def positions(
