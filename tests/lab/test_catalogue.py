@@ -17,6 +17,10 @@ from seqwise.lab.catalogue import Paper
 TESTS = Path(__file__).resolve().parents[1]
 
 
+# papers under methods/ that attach to no decoder: bidirectional video transformers of diffusers
+ELSEWHERE = {"paro-attention"}
+
+
 def resolve(reference: str) -> object:
     module, name = reference.split(":")
     return getattr(importlib.import_module(module), name)
@@ -30,7 +34,7 @@ def lacking(paper: Paper, tests: Path = TESTS) -> list[str]:
         f"test {home.parent}/test_{home.name}": (tests / home.parent / f"test_{home.name}").is_file(),
         f"result {paper.slug}.json": paper.result is not None,
     }
-    if home.parts[0] == "methods":
+    if home.parts[0] == "methods" and paper.slug not in ELSEWHERE:
         parts[f"contract pass of {paper.slug}"] = paper.contract is not None and paper.contract["passed"] is True
     return [name for name, there in parts.items() if not there]
 
@@ -95,7 +99,7 @@ def test_an_implemented_paper_resolves(paper):
     if paper.home.startswith("methods/"):
         from seqwise.core.method import Method
 
-        assert issubclass(resolve(paper.object), Method), f"{paper.object} is no Method"
+        assert issubclass(resolve(paper.object), Method) == (paper.slug not in ELSEWHERE), f"{paper.object}: a Method?"
 
 
 def test_each_missing_part_is_noticed(fake):

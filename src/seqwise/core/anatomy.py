@@ -135,13 +135,18 @@ class Anatomy:
     @property
     def fingerprint(self) -> str:
         """Identifies architecture and weights: shapes of all, values of a few of each."""
-        digest = hashlib.sha256(type(self.model).__name__.encode())
-        for name, parameter in self.model.named_parameters():
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            if parameter.device.type != "meta":
-                sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 8)][:8]
-                digest.update(sample.float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.model)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Identifies architecture and weights: shapes of all, values of a few of each."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        if parameter.device.type != "meta":
+            sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 8)][:8]
+            digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _vision_modules(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
