@@ -77,6 +77,21 @@ class Both:
         index, alive = compact(wanted)
         self.layer.keep(index, None if bool(alive.all()) else alive)
 
+    def evict_one(self, random):
+        """One slot of each head, where no padding is held."""
+        n = self.layer.slots
+        if self.layer.live is not None or n < 2:
+            return
+        out = torch.randint(n, (len(self.names), HKV, 1), generator=random)
+        order = self.layer.order.expand(len(self.names), HKV, -1).gather(-1, out)
+        for b in range(len(self.names)):
+            for h in range(HKV):
+                del self.books[b][h][int(order[b, h])]
+        kept = torch.arange(n - 1)
+        before = self.layer.keys.data_ptr()
+        self.layer.keep(kept + (kept >= out), None)
+        assert self.layer.chunks or self.layer.keys.data_ptr() == before, "one slot moves, not the cache"
+
     def pack(self):
         tail = self.layer.live_mask()[..., self.layer.packed :]
         if not self.layer.tail:
@@ -134,6 +149,7 @@ steps = st.lists(
         st.tuples(st.just("append"), st.integers(1, 6)),
         st.tuples(st.just("append"), st.just(1)),
         st.tuples(st.just("keep"), st.sampled_from([0.3, 0.8, 0.95, 1.0])),
+        st.tuples(st.just("evict_one"), st.just(0)),
         st.tuples(st.just("pack"), st.none()),
         st.tuples(st.just("remember"), st.none()),
         st.tuples(st.just("select"), st.sampled_from([[1, 0], [1, 1], [0, 1]])),
@@ -152,6 +168,8 @@ def test_any_life_of_a_layer(pads, steps, seed):
     for name, argument in steps:
         if name == "keep":
             both.keep(random, argument)
+        elif name == "evict_one":
+            both.evict_one(random)
         elif name == "compact":
             both.layer.compact()
         elif argument is None:

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqwise.core import observe
-from seqwise.core.observe import attention, attention_statistics, lse_available, probabilities, received
+from seqwise.core.observe import (
+    attention,
+    attention_statistics,
+    lse_available,
+    probabilities,
+    received,
+    take_slots,
+)
 from seqwise.core.visible import Visible
 
 REDUCTIONS = ("sum", "mean", "count", "max", "entropy")
@@ -437,3 +444,23 @@ def test_inputs_stay_as_they_were():
     before = [x.clone() for x in (query, key, lse)]
     attention_statistics(query, key, visible=visible, reduce=REDUCTIONS, lse=lse, weight=torch.ones(6))
     assert all(torch.equal(x, y) for x, y in zip((query, key, lse), before, strict=True))
+
+
+KINDS = st.sampled_from(["own", "spare", "view"])
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 6), st.integers(0, 5), KINDS)
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(0, 6),
+    st.integers(0, 5),
+    st.sampled_from(["own", "spare", "view"]),
+)
+def test_slots_are_taken_as_gather_takes_them(B, h, n, k, kind):
+    random = torch.Generator().manual_seed(B * 100 + h * 10 + n)
+    x = torch.randn(B, h, n + 3, 4, generator=random)
+    x = x[:, :, :n] if kind == "spare" else x[:, :, :n].clone()
+    if kind == "view":  # as queries come: rows of all heads beside each other
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    index = torch.randint(max(n, 1), (B, h, k if n else 0), generator=random)
+    assert take_slots(x, index).equal(x.gather(2, index[..., None].expand(-1, -1, -1, 4)))

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqwise.core.errors import PromptError
-from seqwise.core.select import budget_count, compact, descending, keep_best, keep_top, layer_budget, top_k
+from seqwise.core.select import (
+    budget_count,
+    compact,
+    descending,
+    keep_all_but_one,
+    keep_best,
+    keep_top,
+    layer_budget,
+    top_k,
+)
 
 inf = float("inf")
 
@@ -155,3 +164,18 @@ def test_compact_lists_what_a_mask_keeps(seed, n, density):
     for row, places, alive in zip(keep.view(6, n), index.view(6, -1), live.view(6, -1), strict=True):
         assert places[alive].tolist() == row.nonzero()[:, 0].tolist()
         assert alive.tolist() == sorted(alive.tolist()), "the last kept token stays last"
+
+
+@given(
+    seed=st.integers(0, 9999),
+    n=st.integers(2, 10),
+    protect=st.booleans(),
+    prefer=st.sampled_from(["earlier", "later"]),
+)
+def test_keeping_all_but_one_is_keeping_the_best(seed, n, protect, prefer):
+    s = scores(seed, 3, 2, n, levels=3)
+    shield = torch.rand(3, 2, n, generator=torch.Generator().manual_seed(seed)) < 0.4
+    protected = shield if protect else None
+    live = torch.ones_like(shield)
+    index, alive = keep_top(s, live, [n - 1] * 3, protected=protected, prefer=prefer)
+    assert alive.all() and keep_all_but_one(s, protected=protected, prefer=prefer).equal(index)
