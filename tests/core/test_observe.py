@@ -450,12 +450,6 @@ KINDS = st.sampled_from(["own", "spare", "view"])
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 6), st.integers(0, 5), KINDS)
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(0, 6),
-    st.integers(0, 5),
-    st.sampled_from(["own", "spare", "view"]),
-)
 def test_slots_are_taken_as_gather_takes_them(B, h, n, k, kind):
     random = torch.Generator().manual_seed(B * 100 + h * 10 + n)
     x = torch.randn(B, h, n + 3, 4, generator=random)
