@@ -1,0 +1,1 @@
+"""Things that train: losses, data orderings, architectures and tokenizers; one file per paper."""

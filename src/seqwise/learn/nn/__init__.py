@@ -1,0 +1,1 @@
+"""Architectures that train; one file per paper."""
