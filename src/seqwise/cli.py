@@ -207,6 +207,70 @@ def evaluate(
 
 
 @app.command()
+def probe(
+    names: Annotated[Optional[list[str]], typer.Argument(metavar="NAME...", help="Probes: order.")] = None,  # noqa: UP045
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A Hub name or a folder. Default: SmolLM2-135M-Instruct, which needs no download."),
+    ] = None,
+    remedy: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help='A method whose effect is judged, as in Python: "SetBasedPrompting()". Again for more.'),
+    ] = None,
+    items: Annotated[Optional[int], typer.Option(help="Items per part of a probe.")] = None,  # noqa: UP045
+    task: Annotated[Optional[str], typer.Option(help="A .jsonl file with items of your own.")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(help="Of items and of methods that draw.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Write the JSON document, kept up to date.")] = None,  # noqa: UP045
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same probe was stopped.")] = False,
+    plugin: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="A Python file with methods of your own. Again for more."),
+    ] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ...")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, ...")] = None,  # noqa: UP045
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
+) -> None:
+    """Find out what a model is sensitive to, and what remedies do about it."""
+    from transformers.utils import logging
+
+    from seqwise.lab.probes.base import Settings
+    from seqwise.lab.probes.run import Probing, tables
+
+    logging.disable_progress_bar()
+    settings = Settings(
+        model=model,
+        remedies=tuple(remedy or ()),
+        items=items,
+        seed=seed,
+        task=task,
+        plugins=tuple(map(str, plugin or ())),
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    stderr = Console(stderr=True)
+    probing = Probing(names or (), settings, out=out, resume=resume)
+    stopped = False
+    try:
+        probing.run(stderr)
+    except KeyboardInterrupt:
+        stopped = True
+        stderr.print("stopped: what is finished is kept; the same command with --resume goes on", style="yellow")
+    document = probing.document()
+    if as_json:
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        console = Console()
+        for part in tables(document):
+            console.print(part)
+    if stopped or probing.failed:
+        raise typer.Exit(130 if stopped else 1)
+
+
+@app.command()
 def reproduce(
     slug: Annotated[Optional[list[str]], typer.Argument(help="Papers, as `seqwise papers` lists them.")] = None,  # noqa: UP045
     every: Annotated[bool, typer.Option("--all", help="Every paper that has a reproduction.")] = False,
