@@ -21,7 +21,8 @@ from seqwise.testing import FAMILIES
 
 BUILD = Path(__file__).resolve().parents[1] / "docs" / "build.py"
 GUIDE = sorted((BUILD.parent / "guide").glob("*.md"))
-RUNS = ("index", "methods", "order", "probe", "eval")  # pages whose Python runs as it stands, with tiny models for the named ones
+# pages whose Python runs as it stands, with tiny models for the named ones
+RUNS = ("index", "methods", "order", "probe", "eval")
 
 
 class Links(HTMLParser):

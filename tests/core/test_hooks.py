@@ -373,6 +373,13 @@ def test_a_tower_may_be_watched_beside_a_reducer_and_not_beside_a_pruner():
         pass
 
 
+def test_facts_need_a_cache_in_generate():
+    model, batch = LLAMA.tiny(), LLAMA.prompt(20)
+    with Blocks().on(model) as run, pytest.raises(PromptError, match="generate with use_cache=True"):
+        run.bind(marked(batch))
+        model.generate(**batch, max_new_tokens=2, use_cache=False)
+
+
 def test_bound_facts_of_another_length_are_refused():
     model, batch = LLAMA.tiny(), LLAMA.prompt(20)
     facts = marked(batch)

@@ -263,6 +263,8 @@ class Run:
             raise UnsupportedModel(
                 f"cache_implementation={implementation!r} is not supported; use the default dynamic cache"
             )
+        if kwargs.get("use_cache") is False and any(part.facts() for part in self.method.parts):
+            raise PromptError(f"{self.method} reads the prompt's facts once; generate with use_cache=True")
         if self.chunk is not None and kwargs.get("pixel_values") is not None:
             raise UnsupportedModel("chunk: images cannot be split over chunks; attach without chunk")
 
