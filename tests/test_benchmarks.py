@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from seqwise.methods.cache.hip_attention import rounds
+
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -153,3 +155,22 @@ def test_operations_are_those_that_run(visual_pruning):
     with FlopCounterMode(display=False) as counter:
         tower(torch.empty(1, n, width // 4, device="meta"), attention_mask=None)
     assert 3 * counter.get_total_flops() == visual_pruning.operations([n] * 3, tower, width // 4, causal=False)
+
+
+@pytest.mark.slow
+def test_sparse_read():
+    small = ("--heads", 4, "--kv-heads", 2, "--head-size", 16, "--prefill-heads", 1, "--prefill-dtype", "float32")
+    rows = rows_of("sparse_read.py", 3000, *small, "--prefill", 800, 1200, 1600, "--real", 120)
+    steps = {row["case"]: row for row in rows if row["part"] == "decode"}
+    assert steps["full"]["mass"] == steps["full"]["speedup"] == 1 and steps["full"]["keys"] == 3000 + (1 + 18) / 2
+    hip = 16 + 512 + 256 + rounds(3000, 512, 2, 256) * 2 * 512 / 8
+    assert steps["HiPAttention"]["keys"] == hip and steps["TokenSelect, each step"]["anew"] == pytest.approx(1)
+    full = steps["full"]["keys"]
+    assert steps["TidalDecode"]["keys"] == pytest.approx((4 * full + 28 * 256) / 32)
+    assert all(0.2 < row["mass"] <= 1 and row["aim"] is None for row in steps.values())
+    prompts = [row for row in rows if row["part"] == "prefill"]
+    assert [row["exponent"] is not None for row in prompts] == [False] * 4 + [True] * 2 and prompts[-1]["aim"] == 1.2
+    real = {row["case"]: row for row in rows if row["part"] == "recall"}
+    for case in ("HiPAttention", "TokenSelect", "TidalDecode"):
+        assert real[case]["read"] == real[f"{case}: best"]["read"] < 1
+        assert real[case]["mass"] < real[f"{case}: best"]["mass"]

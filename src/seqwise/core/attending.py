@@ -84,7 +84,7 @@ class AttentionDriver:
 
         replaced = self._replaced(index, layer, query, key, value, scaling, softcap, visible, positions, own)
         chosen = None
-        if replaced is None and q == 1 and "cache.read" in self.engine.by_slot:
+        if replaced is None and q == 1 and "cache.read" in self.engine.by_slot and softcap is None:  # else all is read
             chosen = self._read(index, layer, query, key, scaling)
         if replaced is not None:
             out, pairs = replaced

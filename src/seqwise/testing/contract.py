@@ -45,6 +45,7 @@ STEPS = 8  # tokens generated after a prompt
 # A method that is not listed is tried with its defaults and budgets of 0.5.
 EXAMPLES: dict[str, str] = {
     "Full": "Full()",
+    "ElementOrdering": "ElementOrdering(by='raster')",
     "A2SF": "A2SF(budget=0.4, recent=2)",
     "H2O": "H2O(budget=12, recent=3)",
     "TOVA": "TOVA(budget=9)",
@@ -52,7 +53,9 @@ EXAMPLES: dict[str, str] = {
     "Recent": "Recent(budget=10, sinks=2)",
     "Random": "Random(budget=0.4, recent=2)",
     "LazyEviction": "LazyEviction(budget=12, window=3)",
+    "HiPAttention": "HiPAttention(budget=6, block_q=8, window=2, sinks=1, stride=4, refresh=3, dense=1)",
     "TidalDecode": "TidalDecode(budget=6, start=1, correction=2)",
+    "TokenSelect": "TokenSelect(budget=6, sinks=1, local=4, block=4)",
     "TransPrune": "TransPrune(budget=(0.6, 0.3), prune_after=(2, 3), layers=(1, 3))",
 }
 
