@@ -167,7 +167,7 @@ class Read:
         assert self.cache.order is not None
         B, H, k = positions.shape
         Hkv = self.key.shape[1]
-        if self.cache.in_columns and self.live is None:
+        if self.cache.in_columns and self.live is None and self.cache.slots == self.cache.ledger.columns:
             return positions.clamp(min=0), positions >= 0
         sorted_order, at = self.cache.order.expand(B, Hkv, -1).sort(-1)
         wanted = positions.reshape(B, Hkv, -1)

@@ -14,6 +14,7 @@ from seqwise.core.errors import UnsupportedModel
 from seqwise.methods.baselines import Full
 from seqwise.methods.cache.a2sf import A2SF
 from seqwise.methods.cache.tidal_decode import TidalDecode, schedule, scores, select, selected_attention
+from seqwise.methods.reduce.fopru import FoPru
 from seqwise.testing.families import FAMILIES
 
 
@@ -358,3 +359,14 @@ def test_models_that_cannot_serve_are_refused_with_what_to_do(llama):
 def test_bad_hyperparameters_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_positions_are_found_in_layers_that_have_lost_rows():
+    """Behind a reducer a slot's number is no longer its token's position."""
+    family = FAMILIES["llava"]
+    model, batch = family.tiny(), family.prompt(20)
+    both = FoPru(budget=0.25) | TidalDecode(budget=6, start=1, correction=2)
+    with both.on(model) as run:
+        out = model.generate(**batch, max_new_tokens=4, do_sample=False)
+        assert run.report().attention_work < 1
+    assert out.shape[1] == batch["input_ids"].shape[1] + 4
