@@ -1,12 +1,20 @@
 """Training-free methods that attach to any model; one file per paper."""
 
 from seqwise.methods.attend.attention_calibration import AttentionCalibration
+from seqwise.methods.attend.imbalanced_attention import PAINT
 from seqwise.methods.baselines import Full, Random, Recent
 from seqwise.methods.cache.a2sf import A2SF, H2O, TOVA, SnapKV
+from seqwise.methods.cache.hip_attention import HiPAttention
 from seqwise.methods.cache.lazy_eviction import LazyEviction
 from seqwise.methods.cache.tidal_decode import TidalDecode
+from seqwise.methods.cache.token_select import TokenSelect
 from seqwise.methods.cache.zipcache import ZipCache
 from seqwise.methods.decode.token_recycling import TokenRecycling
+from seqwise.methods.order.concentric_causal_attention import ConcentricCausalAttention
+from seqwise.methods.order.element_ordering import ElementOrdering
+from seqwise.methods.order.giraffe import Giraffe
+from seqwise.methods.order.pine import PINE
+from seqwise.methods.order.set_based_prompting import SetBasedPrompting
 from seqwise.methods.order.v2pe import V2PE
 from seqwise.methods.reduce.flowcut import FlowCut
 from seqwise.methods.reduce.fopru import FoPru
@@ -15,18 +23,26 @@ from seqwise.methods.reduce.transprune import TransPrune
 __all__ = [
     "A2SF",
     "H2O",
+    "PAINT",
+    "PINE",
     "TOVA",
     "V2PE",
     "AttentionCalibration",
+    "ConcentricCausalAttention",
+    "ElementOrdering",
     "FlowCut",
     "FoPru",
     "Full",
+    "Giraffe",
+    "HiPAttention",
     "LazyEviction",
     "Random",
     "Recent",
+    "SetBasedPrompting",
     "SnapKV",
     "TidalDecode",
     "TokenRecycling",
+    "TokenSelect",
     "TransPrune",
     "ZipCache",
 ]
