@@ -13,6 +13,7 @@ from seqwise.methods.decode.token_recycling import TokenRecycling
 from seqwise.methods.order.concentric_causal_attention import ConcentricCausalAttention
 from seqwise.methods.order.element_ordering import ElementOrdering
 from seqwise.methods.order.giraffe import Giraffe
+from seqwise.methods.order.just_read_twice import JustReadTwice
 from seqwise.methods.order.pine import PINE
 from seqwise.methods.order.set_based_prompting import SetBasedPrompting
 from seqwise.methods.order.v2pe import V2PE
@@ -35,6 +36,7 @@ __all__ = [
     "Full",
     "Giraffe",
     "HiPAttention",
+    "JustReadTwice",
     "LazyEviction",
     "Random",
     "Recent",
