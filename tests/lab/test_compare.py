@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from seqwise import cli
 from seqwise.core.errors import UsageError
@@ -52,20 +51,9 @@ class Broken(Method):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(byte_llama):
     """A Llama whose tokens are bytes."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({token: i for i, token in enumerate([*alphabet, "</s>"])}, []))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(path)
-    config = LlamaConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=600, initializer_range=0.3, eos_token_id=256, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path)
-    return str(path)
+    return byte_llama(num_hidden_layers=2, max_position_embeddings=600, initializer_range=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -634,7 +622,7 @@ def test_a_full_disk_leaves_the_old_result(folder, tmp_path, monkeypatch, capsys
     def full(path, document):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compared, "write_json", full)
+    monkeypatch.setattr("seqwise.lab.keeping.write_json", full)
     said = refused(capsys, *small(folder, "--task", "needle", "--method", "Recent", "--out", out))
     assert "No space left on device" in said and out.read_text() == "before"
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["r.json"]

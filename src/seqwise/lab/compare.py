@@ -9,17 +9,14 @@ has every finished prompt for every method. `docs/guide/compare.md` describes th
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import platform
 import re
 import tempfile
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +25,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import seqwise
-from seqwise.core import hf
 from seqwise.core.anatomy import Anatomy
 from seqwise.core.errors import SeqwiseError, UsageError
-from seqwise.lab.files import cache_dir, write_json
+from seqwise.lab.files import cache_dir
+from seqwise.lab.keeping import Keeper, provenance, sha256
 from seqwise.lab.measure import Measurement, Traced, measure, modes_of
 from seqwise.lab.registry import load_methods, parse_methods
 from seqwise.lab.rows import ENOUGH, PLAIN, Cell, by_depth, groups_of, rows_of
@@ -110,8 +106,7 @@ class Comparison:
         self.sample: dict[str, Any] = {}
         self.complete = False
         self.facts = self._facts()
-        self.own_place = out is None
-        self.out: Path | None = out if out is not None else self._place()
+        self.keeper = Keeper(out, self._place(), schema=SCHEMA, results="a comparison's results")
         if out is not None:
             check_writable(out, "--out")
         self.resume = resume
@@ -141,7 +136,7 @@ class Comparison:
         }
         del facts["budgets"]  # the methods' own texts have them
         files = [*self.settings.plugins, *(one.path for one in self.tasks.values() if isinstance(one, File))]
-        facts["files_sha256"] = {str(path): _sha256(path) for path in files}
+        facts["files_sha256"] = {str(path): sha256(path) for path in files}
         return facts
 
     def _place(self) -> Path:
@@ -191,13 +186,13 @@ class Comparison:
                     done = time.monotonic()
                     longest = max(longest, done - start)
                     if done - kept_at > 20 * keeping:  # intervals of many prompts take a while
-                        self._keep(console)
+                        self.keeper.keep(self.document, console)
                         kept_at, keeping = time.monotonic(), time.monotonic() - done
             except KeyboardInterrupt:
-                self._keep(console)
+                self.keeper.keep(self.document, console)
                 raise
         self.complete = True
-        self._keep(console)
+        self.keeper.keep(self.document, console)
 
     def _unit(
         self,
@@ -317,14 +312,7 @@ class Comparison:
         return {
             "schema": SCHEMA,
             "settings": self.facts,
-            "versions": {
-                "seqwise": seqwise.__version__,
-                **hf.versions(),
-                "python": platform.python_version(),
-                "threads": torch.get_num_threads(),
-                "processor": platform.machine(),
-            },
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **provenance(),
             "complete": self.complete,
             "rows": rows,
             "equal_cost": groups,
@@ -339,47 +327,10 @@ class Comparison:
             ],
         }
 
-    def _keep(self, console: Console) -> None:
-        if self.out is None:
-            return
-        try:
-            write_json(self.out, self.document())
-        except OSError as error:
-            if not self.own_place:
-                raise UsageError(
-                    f"cannot write {self.out} ({error.strerror}); free some space or give another --out. "
-                    "What the file held before is untouched."
-                ) from None
-            console.print(
-                f"cannot keep results in {self.out.parent} ({error.strerror}); --resume will not work",
-                style="yellow",
-                soft_wrap=True,
-                markup=False,
-                highlight=False,
-            )
-            self.out = None
-
     def _reload(self, console: Console) -> None:
-        if self.out is None or not self.out.is_file():
-            console.print(
-                f"nothing to resume at {self.out}: starting anew", soft_wrap=True, markup=False, highlight=False
-            )
+        document = self.keeper.read(self.facts, console)
+        if document is None:
             return
-        try:
-            document = json.loads(self.out.read_text(encoding="utf-8"))
-            schema = document["schema"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"cannot resume from {self.out}: not a comparison's results ({error!r})") from None
-        if schema != SCHEMA:
-            raise UsageError(f"cannot resume from {self.out}: its schema is {schema!r}, this version writes {SCHEMA!r}")
-        before = document["settings"]
-        different = [name for name in {**before, **self.facts} if before.get(name) != self.facts.get(name)]
-        if different:
-            name = different[0]
-            raise UsageError(
-                f"cannot resume from {self.out}: {name} was {before.get(name)!r}, now it is {self.facts.get(name)!r}; "
-                "give the same settings or another --out"
-            )
         for one in document["measurements"]:
             cell, method, i = (
                 Cell(one.pop("task"), one.pop("mode"), one.pop("length")),
@@ -439,13 +390,6 @@ def _task(text: str) -> Task:
         raise
     except (ValueError, TypeError) as error:
         raise UsageError(f"cannot use task {text!r}: {error}") from None
-
-
-def _sha256(path: str | Path) -> str | None:
-    try:
-        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _has(found: dict[str, dict[int, Measurement]], metric: str) -> bool:

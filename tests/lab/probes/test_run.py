@@ -217,7 +217,7 @@ def test_a_full_disk_leaves_the_old_result(folder, tmp_path, monkeypatch, capsys
     def full(path, document):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("seqwise.lab.probes.run.write_json", full)
+    monkeypatch.setattr("seqwise.lab.keeping.write_json", full)
     out = tmp_path / "r.json"
     out.write_text("before")
     args = ["order", "--model", folder, "--task", own(tmp_path), "--items", 1, "--remedy", "Full()"]

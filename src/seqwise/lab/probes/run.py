@@ -8,11 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-import seqwise
-from seqwise.core import hf
 from seqwise.core.errors import UsageError
 from seqwise.lab.compare import DEFAULT_MODEL, check_writable
-from seqwise.lab.files import cache_dir, write_json
+from seqwise.lab.files import cache_dir
+from seqwise.lab.keeping import Keeper, provenance, sha256
 from seqwise.lab.probes import PROBES, base
 from seqwise.lab.probes.base import Settings
 from seqwise.lab.registry import load_methods
@@ -57,8 +54,7 @@ class Probing:
         self.facts = self._facts()
         self.records: dict[str, dict[str, Any]] = {probe.name: {} for probe in self.probes}
         self.complete = False
-        self.own_place = out is None
-        self.out: Path | None = out if out is not None else self._place()
+        self.keeper = Keeper(out, self._place(), schema=SCHEMA, results="a probe's results")
         if out is not None:
             check_writable(out, "--out")
         self.resume = resume
@@ -70,7 +66,7 @@ class Probing:
         own = {probe.name: probe.facts(s) for probe in self.probes}
         shared = asdict(s) | {"model": s.model or DEFAULT_MODEL, "plugins": list(s.plugins)}
         del shared["remedies"], shared["items"]  # each probe has its own defaults
-        return {**shared, "files_sha256": {str(path): _sha256(path) for path in files}, "probes": own}
+        return {**shared, "files_sha256": {str(path): sha256(path) for path in files}, "probes": own}
 
     def _place(self) -> Path:
         key = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -84,8 +80,8 @@ class Probing:
         Raises UsageError for what the model or the disk cannot do, KeyboardInterrupt as it comes.
         """
         console = console or Console(stderr=True)
-        if self.resume:
-            self._reload(console)
+        if self.resume and (document := self.keeper.read(self.facts, console)) is not None:
+            self.records = document["records"]
         s = self.settings
         with console.status(f"loading {self.facts['model']}"):
             model, tokenizer = load_model(
@@ -101,7 +97,7 @@ class Probing:
             nonlocal keeping, kept_at
             start = time.monotonic()
             if start - kept_at > 20 * keeping:  # intervals of many items take a while
-                self._keep(console)
+                self.keeper.keep(self.document, console)
                 kept_at, keeping = time.monotonic(), time.monotonic() - start
 
         with bars:
@@ -115,10 +111,10 @@ class Probing:
                     torch.manual_seed(s.seed)
                     probe.measure(model, tokenizer, s, base.Progress(self.records[probe.name], show, keep))
             except BaseException:
-                self._keep(console)
+                self.keeper.keep(self.document, console)
                 raise
         self.complete = True
-        self._keep(console)
+        self.keeper.keep(self.document, console)
 
     # the document
 
@@ -128,14 +124,7 @@ class Probing:
         return {
             "schema": SCHEMA,
             "settings": self.facts,
-            "versions": {
-                "seqwise": seqwise.__version__,
-                **hf.versions(),
-                "python": platform.python_version(),
-                "threads": torch.get_num_threads(),
-                "processor": platform.machine(),
-            },
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **provenance(),
             "complete": self.complete,
             "probes": [
                 {
@@ -154,51 +143,6 @@ class Probing:
     def failed(self) -> bool:
         """Whether a method failed somewhere."""
         return any(probe.result(self.settings, self.records[probe.name]).failed for probe in self.probes)
-
-    def _keep(self, console: Console) -> None:
-        if self.out is None:
-            return
-        try:
-            write_json(self.out, self.document())
-        except OSError as error:
-            if not self.own_place:
-                raise UsageError(
-                    f"cannot write {self.out} ({error.strerror}); free some space or give another --out. "
-                    "What the file held before is untouched."
-                ) from None
-            _say(console, f"cannot keep results in {self.out.parent} ({error.strerror}); --resume will not work")
-            self.out = None
-
-    def _reload(self, console: Console) -> None:
-        if self.out is None or not self.out.is_file():
-            _say(console, f"nothing to resume at {self.out}: starting anew")
-            return
-        try:
-            document = json.loads(self.out.read_text(encoding="utf-8"))
-            schema = document["schema"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"cannot resume from {self.out}: not a probe's results ({error!r})") from None
-        if schema != SCHEMA:
-            raise UsageError(f"cannot resume from {self.out}: its schema is {schema!r}, this version writes {SCHEMA!r}")
-        before = document["settings"]
-        for name in {**before, **self.facts}:
-            if before.get(name) != self.facts.get(name):
-                raise UsageError(
-                    f"cannot resume from {self.out}: {name} was {before.get(name)!r}, now it is "
-                    f"{self.facts.get(name)!r}; give the same settings or another --out"
-                )
-        self.records = document["records"]
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, style="yellow", soft_wrap=True, markup=False, highlight=False)
-
-
-def _sha256(path: str | Path) -> str:
-    try:
-        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
 # the document as tables for a terminal
