@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from seqwise.core.errors import SeqwiseError, UsageError
+
+if TYPE_CHECKING:
+    from seqwise.lab.compare import Comparison
+    from seqwise.lab.probes.run import Probing
 
 app = typer.Typer(
     name="seqwise",
@@ -116,19 +120,7 @@ def compare(
     )
     stderr = Console(stderr=True)
     comparison = Comparison(settings, out=out, resume=resume)
-    stopped = False
-    try:
-        comparison.run(stderr)
-    except KeyboardInterrupt:
-        stopped = True
-        stderr.print("stopped: what is finished is kept; the same command with --resume goes on", style="yellow")
-    document = comparison.document()
-    if as_json:
-        print(json.dumps(document, indent=2, ensure_ascii=False))
-    else:
-        console = Console()
-        for part in tables(document):
-            console.print(part)
+    document, stopped = _shown(comparison, tables, as_json, stderr)
     if report is not None:
         from seqwise.lab.report import write_report
 
@@ -253,19 +245,7 @@ def probe(
     )
     stderr = Console(stderr=True)
     probing = Probing(names or (), settings, out=out, resume=resume)
-    stopped = False
-    try:
-        probing.run(stderr)
-    except KeyboardInterrupt:
-        stopped = True
-        stderr.print("stopped: what is finished is kept; the same command with --resume goes on", style="yellow")
-    document = probing.document()
-    if as_json:
-        print(json.dumps(document, indent=2, ensure_ascii=False))
-    else:
-        console = Console()
-        for part in tables(document):
-            console.print(part)
+    _, stopped = _shown(probing, tables, as_json, stderr)
     if stopped or probing.failed:
         raise typer.Exit(130 if stopped else 1)
 
@@ -283,6 +263,29 @@ def reproduce(
     results = run_reproductions(slug or [], all=every, force=force, console=Console(stderr=as_json))
     if as_json:
         print(json.dumps({"results": results}, indent=2, ensure_ascii=False))
+
+
+def _shown(
+    work: Comparison | Probing,
+    tables: Callable[[dict[str, Any]], list[RenderableType]],
+    as_json: bool,
+    stderr: Console,
+) -> tuple[dict[str, Any], bool]:
+    """Runs what can be stopped and resumed and prints what was found; the document, and whether it was stopped."""
+    stopped = False
+    try:
+        work.run(stderr)
+    except KeyboardInterrupt:
+        stopped = True
+        stderr.print("stopped: what is finished is kept; the same command with --resume goes on", style="yellow")
+    document = work.document()
+    if as_json:
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        console = Console()
+        for part in tables(document):
+            console.print(part)
+    return document, stopped
 
 
 def main(args: Sequence[str] | None = None) -> None:
