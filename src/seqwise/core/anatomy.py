@@ -33,14 +33,27 @@ class Vision:
     projector: nn.Module | None
     feature_layer: int  # 0-based tower layer whose output the projector reads
     specials: int  # rows before the patches (CLS)
-    grid: tuple[int, int]
+    grid: tuple[int, int]  # visual tokens of a tile, (0, 0) where images differ in size
+    merge: int  # side of the square of patches that become one visual token
     image_token: int | None
+    video_token: int | None
+    patchwise: bool  # each visual token stands for patches of its own
     prunable: bool  # the tower and what follows accept fewer patches
 
     @property
     def tiled(self) -> bool:
         """Images come as several tiles, which the model packs into one run of tokens."""
         return hasattr(self.owner, "pack_image_features")
+
+    @property
+    def sized(self) -> bool:
+        """All images and tiles have one size; otherwise (Qwen-VL) each has its own grid."""
+        return min(self.grid) > 0
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Ids of the placeholders of visual tokens."""
+        return tuple(token for token in (self.image_token, self.video_token) if token is not None)
 
 
 @dataclass(frozen=True)
@@ -210,12 +223,14 @@ def _vision(model: nn.Module, owner: nn.Module, tower: nn.Module) -> Vision | No
     strategy = getattr(config, "vision_feature_select_strategy", "full")
     depth = len(layers)
     vision_config = config.vision_config
-    has_cls = any(hasattr(module, "class_embedding") for module in tower.modules())
+    has_cls = any(hasattr(module, "class_embedding") or hasattr(module, "cls_token") for module in tower.modules())
     projector = getattr(owner, "multi_modal_projector", None)
-    side = getattr(vision_config, "image_size", 0) // max(1, getattr(vision_config, "patch_size", 1) or 1)
+    merge = hf.patch_merge(owner, config)
+    rows, columns = hf.patch_grid(vision_config)
     single = isinstance(feature, int)
     # hidden_states[-1] is the last layer's output, hidden_states[0] the embeddings
     index = (feature + depth if feature < 0 else feature - 1) if single else depth - 1
+    patchwise = single and not (has_cls and strategy == "full")
     return Vision(
         owner=owner,
         tower=tower,
@@ -224,7 +239,10 @@ def _vision(model: nn.Module, owner: nn.Module, tower: nn.Module) -> Vision | No
         projector=projector,
         feature_layer=index,
         specials=1 if has_cls else 0,
-        grid=(side, side),
+        grid=(rows // merge, columns // merge),
+        merge=merge,
         image_token=getattr(config, "image_token_id", None),
-        prunable=projector is not None and single and not (has_cls and strategy == "full"),
+        video_token=getattr(config, "video_token_id", None),
+        patchwise=patchwise,
+        prunable=projector is not None and merge == 1 and patchwise,
     )

@@ -115,7 +115,7 @@ class AttentionDriver:
         if rewriter is not None:
             out = self._rewrite(rewriter, index, query, key, value, out, visible, layer, scaling, softcap, lse)
         if self.engine.stages is not None and index + 1 in self.engine.stages.layers and ledger.phase == "prefill":
-            self.engine.stages.previous = (query, key, value)
+            self.engine.stages.previous = (query, key, value, scaling, softcap)
         if layer is not None and watching:
             if self.engine.deferred is not None:
                 self.engine.deferred[index] = (query, scaling, softcap)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from seqwise.core import hf
 from seqwise.core.attending import AttentionDriver
 from seqwise.core.caches import SlotLayer
+from seqwise.core.entering import enter_images
 from seqwise.core.errors import CacheError, PromptError, SeqwiseError, SlotConflict, UnsupportedModel
 from seqwise.core.facts import PromptFacts
 from seqwise.core.ledger import Ledger, Rows
@@ -29,9 +30,8 @@ from seqwise.core.method import Method
 from seqwise.core.observe import attention
 from seqwise.core.rope import Rope, frequencies_of
 from seqwise.core.segments import Segments
-from seqwise.core.select import compact
 from seqwise.core.stages import Captured, StageDriver
-from seqwise.core.towers import Tower, TowerDriver
+from seqwise.core.towers import TowerDriver
 from seqwise.core.views import Block, Kernel, Read, Stage, Transition
 from seqwise.core.visible import Visible
 
@@ -96,6 +96,7 @@ class Engine:
         self.facts = PromptFacts(self)
         self.attending = AttentionDriver(self)
         self.input_ids: Tensor | None = None
+        self.input_mask: Tensor | None = None
         self.plain = False
         self.tree: Tensor | None = None  # (N, N) bool: what each draft node sees of the draft
         self.depth: Tensor | None = None  # (N,) of the draft's nodes
@@ -132,20 +133,20 @@ class Engine:
             self._undos += self.stages.install()
         self._swap_frequencies()
         pruner, reducer = self.by_slot.get("tower.rows"), self.by_slot.get("input.rows")
-        watchers = [part for part in self.run.method.parts if part.watched_tower(a)]
-        if watchers and pruner is not None:
-            raise SlotConflict(f"{watchers[0]} reads the whole vision tower, which {pruner} shortens")
+        parts = self.run.method.parts
+        watchers = [
+            part
+            for part in parts
+            if type(part).watch_tower is not Method.watch_tower and part.watched_tower(a) is not None
+        ]
+        reading = [part for part in parts if part.watched_tower(a)]
+        if reading and pruner is not None:
+            raise SlotConflict(f"{reading[0]} reads the whole vision tower, which {pruner} shortens")
         if pruner is not None or reducer is not None or watchers:
-            watched = frozenset(layer for part in watchers for layer in part.watched_tower(a))
-
-            def on_seen(tower: Tower) -> None:
-                for part in watchers:
-                    part.watch_tower(tower, self.run)
-
-            self.towers = TowerDriver(a, pruner, reducer, self._note_tower, lambda: self.plain, watched, on_seen)
-            self._undos += self.towers.install()
             assert a.vision is not None
-            for i, module in enumerate(a.vision.attentions):
+            self.towers = TowerDriver(a, pruner, reducer, watchers, self.run, self._note_tower)
+            self._undos += self.towers.install()
+            for i, module in enumerate(a.vision.attentions if self.towers.observes else ()):
                 _SITES[module] = self._tower_site(i)
                 self._undos.append(functools.partial(_SITES.pop, module, None))
 
@@ -181,6 +182,11 @@ class Engine:
         """Vision-language models: remember the ids, where the placeholders are."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         self.input_ids = ids if isinstance(ids, Tensor) and ids.dtype in (torch.long, torch.int) else None
+        self.input_mask = kwargs.get("attention_mask")
+        if self.towers is not None and any(
+            name.startswith("pixel_values") and kwargs[name] is not None for name in kwargs
+        ):
+            self.towers.found = {}  # of a forward that failed
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.plain:
@@ -220,13 +226,8 @@ class Engine:
             self.segments = self.facts.of_rows(ledger, rows, q, mask)
             if self.input_ids is not None and self.input_ids.shape[1] == q:
                 ledger.ids = self.input_ids if ledger.ids is None else torch.cat([ledger.ids, self.input_ids], 1)
-        if (
-            embeds is not None
-            and self.towers is not None
-            and self.towers.keep is not None
-            and ledger.phase == "prefill"
-        ):
-            kwargs = self._drop_images(kwargs, ledger)
+        if embeds is not None and self.towers is not None and self.towers.found and ledger.phase == "prefill":
+            kwargs = enter_images(self, kwargs, ledger)
         return args, self._placed(kwargs, ledger, q)
 
     def _ledger_for(self, cache: Any, B: int) -> Ledger:
@@ -269,41 +270,6 @@ class Engine:
             done = total is not None and ledger.columns >= total
             if done or (q == 1 and total is None):
                 ledger.phase = "decode"
-
-    def _drop_images(self, kwargs: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
-        assert self.towers is not None and self.segments is not None
-        keep_rows, self.towers.keep = self.towers.keep, None
-        assert keep_rows is not None
-        if bool(keep_rows.all()):
-            return kwargs
-        visual = self.segments.visual
-        copies = int(visual.sum()) // keep_rows.shape[0]  # beams repeat each sample
-        if copies > 1:
-            parts = keep_rows.split(visual[::copies].sum(-1).tolist())
-            keep_rows = torch.cat([part for part in parts for _ in range(copies)])
-        keep = torch.ones_like(visual).masked_scatter(visual, keep_rows.to(visual.device))
-        rows = ledger.rows[0]
-        if rows.live is not None:
-            keep = keep & rows.live
-        index, live = compact(keep)
-        embeds = kwargs["inputs_embeds"]
-        kwargs["inputs_embeds"] = embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))
-        kwargs["attention_mask"] = None
-        positions = kwargs.get("position_ids")
-        B, q = visual.shape
-        if self.anatomy.mrope:
-            if positions is not None:
-                kwargs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
-        else:
-            # survivors move together: compact positions, and all later ones are lowered by what was dropped
-            dropped = ledger.rows[0].count - live.sum(-1) if rows.live is None else rows.live.sum(-1) - live.sum(-1)
-            kwargs["position_ids"] = (live.cumsum(-1) - 1).clamp(min=0)
-            ledger.shift[0] = dropped
-        ledger.cut(0, index, live)
-        self.segments = self.segments.take(index, live)
-        self.account.acted = True
-        self.note_kept("input", ledger.rows[0])
-        return kwargs
 
     def _placed(self, kwargs: dict[str, Any], ledger: Ledger, q: int) -> dict[str, Any]:
         """RoPE positions: a method's own for a prompt, one more per token afterwards; lowered by dropped rows."""
@@ -401,10 +367,10 @@ class Engine:
         self.ledger.kept[stage] = [[i for i in row if i >= 0] for row in order.tolist()]
 
     def _note_tower(self, stage: str, kept: list[list[int]]) -> None:
+        assert self.anatomy.vision is not None
         self.run.tower_kept = kept
-        if any(
-            len(row) < self.anatomy.vision.grid[0] * self.anatomy.vision.grid[1] for row in kept if self.anatomy.vision
-        ):
+        rows, columns = self.anatomy.vision.grid
+        if any(len(row) < rows * columns for row in kept):
             self.account.acted = True
 
 

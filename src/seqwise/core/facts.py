@@ -64,8 +64,8 @@ class PromptFacts:
             whole = self.take_bound(ledger.batch)
             if whole is None and ids is not None and ids.shape[1] == columns:
                 vision = self.engine.anatomy.vision
-                token, grid = (None, None) if vision is None else (vision.image_token, vision.grid)
-                whole = Segments.infer(ids, None if mask is None else mask[:, -columns:], token, grid)
+                tokens, grid = (None, None) if vision is None else (vision.tokens, vision.grid)
+                whole = Segments.infer(ids, None if mask is None else mask[:, -columns:], tokens or None, grid)
             if ledger.fresh:
                 self.require(whole)
             if whole is not None and whole.type.shape[1] != columns:

@@ -131,6 +131,64 @@ def tiles_per_tile(owner: nn.Module, arguments: dict[str, Any]) -> list[int]:
     return [n for n in counts for _ in range(n)]
 
 
+def patch_grid(vision_config: Any) -> tuple[int, int]:
+    """Rows and columns of patches of a tile; (0, 0) where images differ in size."""
+    sizes = [getattr(vision_config, name, 0) or 0 for name in ("image_size", "patch_size")]
+    image, patch = (tuple(size) if isinstance(size, (list, tuple)) else (size, size) for size in sizes)
+    rows, columns = (side // step if step else 0 for side, step in zip(image, patch, strict=True))
+    return rows, columns
+
+
+def patch_merge(owner: nn.Module, config: Any) -> int:
+    """Side of the square of patches that become one visual token."""
+    if hasattr(config.vision_config, "spatial_merge_size"):  # Qwen-VL
+        return int(config.vision_config.spatial_merge_size)
+    if hasattr(config, "scale_factor") and hasattr(owner, "connector"):  # Idefics3, SmolVLM
+        return int(config.scale_factor)
+    if hasattr(config, "downsample_ratio"):  # InternVL
+        return round(1 / config.downsample_ratio)
+    return 1
+
+
+def merged_patches(owner: nn.Module, grid: tuple[int, int], merge: int) -> Tensor:
+    """Patches (N, merge^2) of each visual token of a tile with this grid of tokens, by the model's own shuffling."""
+    rows, columns = grid[0] * merge, grid[1] * merge
+    number = torch.arange(rows * columns, dtype=torch.float32)
+    if hasattr(owner, "connector"):
+        shuffled = owner.connector.pixel_shuffle(number[None, :, None], merge)  # type: ignore[operator, union-attr]
+    else:
+        square = number.view(1, rows, columns, 1)
+        shuffled = owner.pixel_shuffle(square, scale_factor=1 / merge)  # type: ignore[operator]
+    return shuffled.reshape(grid[0] * grid[1], merge**2).long()
+
+
+def image_grids(arguments: dict[str, Any]) -> Tensor | None:
+    """(images, 3): frames, rows and columns of patches of each image or video, from what `get_image_features` or
+    `get_video_features` got; None where all are alike."""
+    arguments = {**arguments, **arguments.get("kwargs", {})}
+    found = arguments.get("image_grid_thw")
+    return arguments.get("video_grid_thw") if found is None else found
+
+
+def token_order(tower: nn.Module, grids: Tensor) -> Tensor | None:
+    """Where each visual token of all images stands in the tower's own order; None where that is raster order.
+
+    A tower with window attention sorts groups of patches by window.
+    """
+    if not hasattr(tower, "window_size"):
+        return None
+    from transformers.vision_utils import get_vision_window_index
+
+    tower_: Any = tower
+    index, _ = get_vision_window_index(
+        grids,
+        spatial_merge_size=tower_.spatial_merge_size,
+        window_size=tower_.window_size,
+        patch_size=tower_.patch_size,
+    )
+    return torch.as_tensor(index).argsort()
+
+
 def spread_hidden(output: Any, index: int, rows: Tensor, count: int) -> Any:
     """The output with entry `index` of its hidden states (1, k, d) spread over `count` rows, zeros elsewhere."""
     states = list(output["hidden_states"])

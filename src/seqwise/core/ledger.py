@@ -69,6 +69,7 @@ class Ledger:
     expected: list[int] | None = None  # real tokens of the whole prompt, where generate told them
     expected_columns: int | None = None
     kept: dict[str, list[Any]] = field(default_factory=dict)  # stage -> per sample, original positions that stayed
+    members: dict[str, list[dict[int, list[int]]]] = field(default_factory=dict)  # likewise, who was merged into it
     shift: dict[int, Tensor] = field(default_factory=dict)  # first layer -> (B,) renumbered positions to take off
     # what is remembered for this prompt: tensors (B, ...), tuples and dicts of them, or objects whose `select(batch)`
     # reorders their samples
@@ -143,6 +144,22 @@ class Ledger:
         self.padded = self.padded or rows.live is not None
         self.rows[layer:] = [rows] * (self.layers - layer)
 
+    def note_members(self, stage: str, order: Tensor, keep: Tensor, member: Tensor | None) -> None:
+        """Which original positions each surviving row stands for, where rows were merged.
+
+        order, keep: (B, r) of the rows before the cut. member: (B, r) index of the row that each went into, -1: none.
+        """
+        if member is None:
+            return
+        noted = []
+        for positions, stays, into in zip(order.tolist(), keep.tolist(), member.tolist(), strict=True):
+            groups: dict[int, list[int]] = {p: [] for p, stay in zip(positions, stays, strict=True) if stay and p >= 0}
+            for position, target in zip(positions, into, strict=True):
+                if target >= 0 and stays[target]:
+                    groups[positions[target]].append(position)
+            noted.append({p: sorted(group) for p, group in groups.items() if group})
+        self.members[stage] = noted
+
     def select(self, batch: Tensor) -> None:
         """Samples `batch` (beam search, repetition)."""
         at = batch.tolist()
@@ -151,6 +168,7 @@ class Ledger:
         self.batch = len(at)
         self.entered = [[counts[i] for i in at] for counts in self.entered]
         self.kept = {stage: [kept[i] for i in at] for stage, kept in self.kept.items()}
+        self.members = {stage: [noted[i] for i in at] for stage, noted in self.members.items()}
         self.shift = {layer: shift.index_select(0, batch.to(shift.device)) for layer, shift in self.shift.items()}
         self.facts = {name: _selected(value, batch) for name, value in self.facts.items()}
         if self.expected is not None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from seqwise.core.caches import Chunk, Kept, View
     from seqwise.core.run import Loop, Run
     from seqwise.core.segments import Segments
-    from seqwise.core.towers import Tower, TowerLayer
+    from seqwise.core.towers import Merged, Tower, TowerLayer
     from seqwise.core.views import Block, Kernel, Read, Stage, Transition
 
 __all__ = ["SLOTS", "Composition", "Method", "budget_param", "param"]
@@ -57,6 +57,7 @@ class Method(Configured):
     abstract: ClassVar[bool] = True
     slots: ClassVar[tuple[str, ...]] = ()
     looks_ahead: ClassVar[bool] = False  # `sees` decides alone, without causality
+    input_positions: ClassVar[str] = "compact"  # of rows that `cut_input` leaves, or "keep" for their own
     rotates: ClassVar[bool] = False  # `attend` moves keys: it gets each slot's position and the model's RoPE
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -116,20 +117,28 @@ class Method(Configured):
         ids (1, n), which come without padding. Returned texts begin with the caller's prompt all the same."""
         raise NotImplementedError
 
-    def watched_tower(self, anatomy: Anatomy) -> tuple[int, ...]:
-        """0-based tower layers whose attention `watch_tower` needs, whatever slot the method claims."""
+    def watched_tower(self, anatomy: Anatomy) -> tuple[int, ...] | None:
+        """0-based tower layers whose attention `watch_tower` and `keep_input` need beside the feature layer's; None
+        where `watch_tower` does without this model's tower."""
         return ()
 
-    def watch_tower(self, tower: Tower, run: Run) -> None:
-        """The tower has run on all tiles of a prompt (unpruned patches only)."""
+    def watch_tower(self, tower: Tower, run: Run) -> dict[str, Tensor] | None:
+        """Whatever slot the method claims: the tower has run on tiles of a prompt. Returned scores (T, N), by name,
+        travel with the visual tokens as `state` of every stage, where other rows have 0."""
         raise NotImplementedError
 
     def prune_tower(self, layer: TowerLayer) -> Tensor | None:
         """`tower.rows`, after each tower layer: patches (images, k) that stay, ascending, or None for all."""
         raise NotImplementedError
 
-    def keep_input(self, tower: Tower) -> Tensor:
-        """`input.rows`: of each tile's patches those that enter the language model, (tiles, k) ascending."""
+    def keep_input(self, tower: Tower) -> Tensor | Merged:
+        """`input.rows`: of each tile's visual tokens those that enter the language model, (T, k) ascending, or the
+        tokens that are made of them."""
+        raise NotImplementedError
+
+    def cut_input(self, stage: Stage) -> Tensor | None:
+        """`input.rows`, instead of `keep_input`, on the whole prompt's embeddings (stage.layer is 0): (B, r) bool, True
+        on rows that go on; None cuts nothing."""
         raise NotImplementedError
 
     def stages(self, anatomy: Anatomy) -> tuple[int, ...]:

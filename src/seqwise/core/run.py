@@ -185,6 +185,8 @@ class Run:
             if self.engine.plain:
                 return original(inputs, *args, **kwargs)
             self._refuse(kwargs)
+            if self.engine.towers is not None:
+                self.engine.towers.found = {}  # of a prompt that failed
             ids = inputs if inputs is not None else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
             if ids is None or ids.shape[1] == 0:
                 raise PromptError("the prompt is empty; give at least one token")
@@ -325,6 +327,17 @@ class Run:
         for slot in slots:
             stages[f"cache {slot.index}"] = slot.kept()
         return [{name: kept[b] for name, kept in stages.items() if b < len(kept)} for b in range(ledger.batch)]
+
+    def members(self, stage: str) -> list[dict[int, list[int]]]:
+        """Per sample, of each row that went on at a stage of `kept()` the original positions merged into it; empty
+        where nothing was merged."""
+        ledger = self.engine.ledger
+        return [] if ledger is None else ledger.members.get(stage, [{} for _ in range(ledger.batch)])
+
+    @property
+    def segments(self) -> Segments | None:
+        """Facts of the last prompt's tokens, (B, N): as bound, or as the model and its images tell them."""
+        return None if self.engine.ledger is None else self.engine.ledger.whole
 
     @property
     def peak_bytes(self) -> int:

@@ -108,16 +108,18 @@ class Segments:
         cls,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        image_token: int | None,
+        image_token: int | Sequence[int] | None,
         grid: tuple[int, int] | None = None,
     ) -> Segments:
         """Facts that ids alone tell: padding, image spans (one image per run of placeholders), and the grid cells of
-        images that have as many tokens as the tower's grid (rows, columns) has cells, in raster order."""
+        images that have as many tokens as the tower's grid (rows, columns) has cells, in raster order.
+
+        image_token: the placeholder's id, or those of images and videos."""
         type_ = torch.full_like(input_ids, TEXT)
         unknown = torch.full_like(input_ids, -1)
         image = row = column = unknown
         if image_token is not None:
-            visual = input_ids == image_token
+            visual = torch.isin(input_ids, torch.tensor(image_token, device=input_ids.device))
             type_ = torch.where(visual, IMAGE, type_)
             image = image_runs(visual)
             if grid is not None and min(grid) > 0:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from seqwise.core import hf
+from seqwise.core.entering import keep_last
 from seqwise.core.errors import PromptError, SeqwiseError, UnsupportedModel
 from seqwise.core.method import Method
 from seqwise.core.segments import IMAGE, PAD, by_order, look_up
 from seqwise.core.select import compact
-from seqwise.core.views import Stage, Transition
+from seqwise.core.views import Projection, Stage, Transition
 from seqwise.core.visible import Visible
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class StageDriver:
         self.cutter = cutter
         self.layers = cutter.stages(engine.anatomy)
         self.watched = cutter.watched(engine.anatomy)
-        self.previous: tuple[Tensor, Tensor, Tensor] = (torch.zeros(0),) * 3  # of the layer in front of a stage
+        self.previous: Projection | None = None  # of the layer in front of a stage
         self.reset()
 
     def reset(self) -> None:
@@ -108,8 +109,11 @@ class StageDriver:
             ledger.facts["entered"] = (image[..., None] == images).sum(1)
         entered = ledger.facts["entered"]
         live_k = None if rows.live is None else rows.live[:, None]
-        window = self.engine.anatomy.windows[index]
-        visible = Visible(rows.order, rows.order[:, None], rows.live, live_k, True, window, 0)
+        windows = self.engine.anatomy.windows
+        visible, before = (
+            Visible(rows.order, rows.order[:, None], rows.live, live_k, True, window, 0)
+            for window in (windows[index], windows[index - 1])
+        )
         held: list[Any] = []
 
         def project() -> Any:
@@ -119,12 +123,18 @@ class StageDriver:
 
         stage = Stage(
             index, len(self.engine.anatomy.layers), order, live, visual, image, entered, self.state,
-            self._patches(entered), project, visible, self.previous,
+            ledger.facts.get("patches", entered), hidden, lambda name: self._fact(name, order, ledger),
+            project, visible, self.previous, before,
         )  # fmt: skip
         keep = self.cutter.keep_rows(stage)
-        keep = live if keep is None else keep & live
+        keep = live if keep is None else keep_last(keep & live, live, order)
+        self.state = stage.state
+        if stage.replaced is not None:
+            hidden, member = stage.replaced
+            self.engine.account.acted = True
+            ledger.note_members(f"layer {index}", order, keep, member)
         if bool((keep == live).all()):
-            return args, kwargs
+            return (args, kwargs) if stage.replaced is None else hf.replace_hidden(args, kwargs, hidden)
         picked, alive = compact(keep)
         ledger.cut(index, picked, alive)
         self.state = {name: value.gather(1, picked) for name, value in self.state.items()}
@@ -138,26 +148,18 @@ class StageDriver:
             self._rotate((alive.cumsum(-1) - 1).clamp(min=0), kwargs)
         return hf.replace_hidden(args, kwargs, hidden.gather(1, picked[..., None].expand(-1, -1, hidden.shape[-1])))
 
-    def _patches(self, entered: Tensor) -> Tensor:
-        """Patches of each image's tiles (B, images); without a tower driver, what entered."""
-        towers = self.engine.towers
-        if towers is None or not towers.patches_per_image:
-            return entered
-        left = list(towers.patches_per_image)
-        rows = entered.tolist()
-        copies = sum(n > 0 for row in rows for n in row) // len(left)  # beams repeat each sample
-        patches = [[left.pop(0) if n else 0 for n in row] for row in rows[::copies]]
-        return torch.tensor(patches, device=entered.device).repeat_interleave(copies, dim=0)
-
     def _types(self, order: Tensor, ledger: Ledger) -> tuple[Tensor, Tensor]:
         """visual and image of the rows with these original positions, from the prompt's segments."""
+        return self._fact("type", order, ledger) == IMAGE, self._fact("image", order, ledger)
+
+    def _fact(self, name: str, order: Tensor, ledger: Ledger) -> Tensor:
         segments = self.engine.segments
         assert segments is not None
-        if "types" not in ledger.facts:
+        told: dict[str, Tensor] = ledger.facts.setdefault("told", {})
+        if name not in told:
             first = ledger.rows[0].order  # the original position of each segment column
-            ledger.facts["types"] = by_order(segments.type, first, PAD), by_order(segments.image, first)
-        kind, image = ledger.facts["types"]
-        return look_up(kind, order) == IMAGE, look_up(image, order)
+            told[name] = by_order(getattr(segments, name), first, PAD if name == "type" else -1)
+        return look_up(told[name], order)
 
     def _capture(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Runs a layer just up to its attention and takes query, key and value: norms, projections and RoPE are the

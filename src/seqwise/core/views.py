@@ -6,17 +6,21 @@ Views hold tensors of the engine; a method reads them and writes only to `state`
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seqwise.core.caches import SlotLayer
+from seqwise.core.errors import SeqwiseError
 from seqwise.core.observe import attention_statistics
 from seqwise.core.rope import Rope
 from seqwise.core.segments import look_up
+from seqwise.core.select import compact
 from seqwise.core.visible import Visible
+
+Projection = tuple[Tensor, Tensor, Tensor, float, "float | None"]  # query, key, value, scaling, softcap
 
 
 @dataclass
@@ -33,7 +37,7 @@ class Transition:
 
 @dataclass
 class Stage:
-    """A cut between decoder layers: the rows about to enter layer `layer` of a prompt."""
+    """A cut: the rows about to enter layer `layer` of a prompt; layer 0 where they enter the language model."""
 
     layer: int
     layers: int
@@ -43,10 +47,14 @@ class Stage:
     image: Tensor  # (B, r), which image of the sample, -1 elsewhere
     entered: Tensor  # (B, images) visual tokens of each image that the language model got
     state: dict[str, Tensor]  # (B, r) each
-    patches: Tensor  # (B, images) patches of all tiles of each image, as the tower got them
-    _project: Callable[[], tuple[Tensor, Tensor, Tensor, float, float | None]]
-    _visible: Visible
-    _previous: tuple[Tensor, Tensor, Tensor]
+    patches: Tensor  # (B, images) visual tokens of each image's tiles, before anything was dropped
+    hidden: Tensor  # (B, r, d), before the layer's norm
+    _fact: Callable[[str], Tensor]
+    _project: Callable[[], Projection] | None = None
+    _visible: Visible | None = None
+    _previous: Projection | None = None
+    _visible_before: Visible | None = None
+    replaced: tuple[Tensor, Tensor | None] | None = None
 
     @property
     def after_image(self) -> Tensor:
@@ -54,21 +62,69 @@ class Stage:
         last = torch.where(self.visual, self.order, -1).amax(-1, keepdim=True)
         return self.live & (self.order > last)
 
+    def fact(self, name: str) -> Tensor:
+        """(B, r) int64: a fact of `Segments` ("tile", "row", "column", "part", ...) of each row, -1 where unknown. On
+        tiled models tile 0 is the overview and tile 1 the joint map of the others, whose newline tokens have column -1.
+        """
+        return self._fact(name)
+
+    def by_size(self) -> list[tuple[Tensor, Tensor]]:
+        """Images of equally many visual rows together: their samples (G,), and these rows' indices (G, n) ascending."""
+        found: dict[int, list[tuple[int, Tensor]]] = {}
+        for b, image in enumerate(self.image.masked_fill(~self.visual, -1)):
+            for i in range(int(image.max()) + 1):  # images of a prompt are few
+                rows = (image == i).nonzero()[:, 0]
+                if len(rows):
+                    found.setdefault(len(rows), []).append((b, rows))
+        return [
+            (torch.tensor([b for b, _ in group], device=self.image.device), torch.stack([rows for _, rows in group]))
+            for _, group in sorted(found.items())
+        ]
+
+    def replace(self, hidden: Tensor, member: Tensor | None = None) -> None:
+        """Rows go on with these contents (B, r, d); those that are cut do not matter. member: (B, r) index of the row
+        that each row was merged into, -1 for none."""
+        self.replaced = (hidden, member)
+
     def projections(self) -> tuple[Tensor, Tensor, Tensor]:
         """query (B, H, r, D), key, value (B, Hkv, r, D) of the layer that comes, after its norm and RoPE."""
-        query, key, value, *_ = self._project()
+        query, key, value, *_ = self._coming()
         return query, key, value
 
     def previous(self) -> tuple[Tensor, Tensor, Tensor]:
         """query, key, value of the layer that has just run, as `projections`."""
-        return self._previous
+        query, key, value, *_ = self._just_run()
+        return query, key, value
 
     def received(self, rows: Tensor, **options: Any) -> Tensor:
         """Attention of the layer that comes, summed over rows (B, r) bool: (B, H, r) fp32 (see `observe.received`)."""
-        query, key, _, scaling, softcap = self._project()
-        return attention_statistics(
-            query, key, visible=self._visible, weight=rows.float(), scaling=scaling, softcap=softcap, **options
-        )["sum"]
+        return _summed(self._coming(), self._visible, rows, options)
+
+    def received_before(self, rows: Tensor, **options: Any) -> Tensor:
+        """`received` of the layer that has just run."""
+        return _summed(self._just_run(), self._visible_before, rows, options)
+
+    def _coming(self) -> Projection:
+        if self._project is None:
+            raise SeqwiseError("rows that enter the language model have no attention yet; cut them between layers")
+        return self._project()
+
+    def _just_run(self) -> Projection:
+        if self._previous is None:
+            raise SeqwiseError("rows that enter the language model have no attention yet; cut them between layers")
+        return self._previous
+
+
+def _summed(projection: Projection, visible: Visible | None, rows: Tensor, options: dict[str, Any]) -> Tensor:
+    query, key, _, scaling, softcap = projection
+    assert visible is not None
+    index, chosen = compact(rows)  # (B, m): the rows that count, often few
+    query = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1]))
+    order = visible.order_q.expand(index.shape[0], -1).gather(1, index).masked_fill(~chosen, -1)
+    visible = replace(visible, order_q=order, live_q=chosen, offset=None)
+    return attention_statistics(
+        query, key, visible=visible, weight=chosen.float(), scaling=scaling, softcap=softcap, **options
+    )["sum"]
 
 
 @dataclass

@@ -134,7 +134,7 @@ class Family:
                 batch[name] = torch.cat([nn.functional.pad(row, (width - row.shape[1], 0), value=_PAD) for row in rows])
         for name in ("image_sizes", "image_grid_thw", "pixel_values"):
             values = [prompt[name] for prompt in prompts if name in prompt]
-            if name == "pixel_values" and self.pixels == "tiles" and values:
+            if name == "pixel_values" and self.pixels in ("tiles", "grouped") and values:
                 most = max(value.shape[1] for value in values)  # images of fewer tiles are filled up
                 values = [nn.functional.pad(value, (0, 0) * 3 + (0, most - value.shape[1])) for value in values]
             if values:
@@ -142,6 +142,8 @@ class Family:
         return batch
 
     def _images(self, sizes: list[tuple[int, int]], random: torch.Generator) -> Batch:
+        if self.pixels == "grouped":  # per sample
+            return {"pixel_values": torch.randn(1, len(sizes), 3, 16, 16, generator=random)}
         if self.pixels == "whole":
             return {"pixel_values": torch.randn(len(sizes), 3, 16, 16, generator=random)}
         if self.pixels == "tiles":
@@ -292,6 +294,67 @@ def _qwen25_vl() -> nn.Module:
     return Qwen2_5_VLForConditionalGeneration(_spread(config))
 
 
+def _qwen2_vl() -> nn.Module:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    tower = {
+        "depth": 2,
+        "embed_dim": 16,
+        "hidden_size": 32,
+        "mlp_ratio": 2,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+    config = Qwen2VLConfig(
+        vision_config=tower,
+        text_config={**_TEXT, "rope_parameters": rope},
+        image_token_id=_IMAGE,
+        video_token_id=_VIDEO,
+        vision_start_token_id=_VISION_START,
+        vision_end_token_id=_VISION_END,
+    )
+    return Qwen2VLForConditionalGeneration(_spread(config))
+
+
+def _idefics3() -> nn.Module:
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    return Idefics3ForConditionalGeneration(_shuffled(Idefics3Config))
+
+
+def _smolvlm() -> nn.Module:
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    return SmolVLMForConditionalGeneration(_shuffled(SmolVLMConfig))
+
+
+def _shuffled(make: Any) -> Any:
+    """Idefics3 and its small twin: a SigLIP tower, four patches shuffled into each visual token."""
+    from transformers import LlamaConfig
+
+    config = make(
+        vision_config={**_TOWER, "num_hidden_layers": 3},
+        text_config=LlamaConfig(**_TEXT),
+        image_token_id=_IMAGE,
+        scale_factor=2,
+        pad_token_id=_PAD,
+    )
+    return _spread(config)
+
+
+def _internvl() -> nn.Module:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
+
+    tower = {**_TOWER, "image_size": [16, 16], "patch_size": [4, 4], "num_hidden_layers": 3}
+    config = InternVLConfig(
+        vision_config=tower, text_config=Qwen2Config(**_TEXT), image_token_id=_IMAGE, downsample_ratio=0.5
+    )
+    return InternVLForConditionalGeneration(_spread(config))
+
+
 def _spread(config: Any) -> Any:
     """The outer config of a composite model decides the spread of its own weights (projector, newline)."""
     config.initializer_range = _TEXT["initializer_range"]
@@ -311,6 +374,10 @@ FAMILIES: dict[str, Family] = {
         Family("llava", _llava, "whole"),
         Family("llava_next", _llava_next, "tiles", _MIXED_SIZES),
         Family("llava_onevision", _llava_onevision, "tiles", _MIXED_SIZES),
+        Family("qwen2_vl", _qwen2_vl, "patches", ((16, 16), (24, 16))),
         Family("qwen25_vl", _qwen25_vl, "patches", ((16, 16), (24, 16))),
+        Family("idefics3", _idefics3, "grouped"),
+        Family("smolvlm", _smolvlm, "grouped"),
+        Family("internvl", _internvl, "whole"),
     )
 }
