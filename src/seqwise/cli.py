@@ -97,7 +97,8 @@ def compare(
     """
     from transformers.utils import logging
 
-    from seqwise.lab.compare import Comparison, Settings, check_writable
+    from seqwise.lab.compare import Settings, check_writable
+    from seqwise.lab.seeing import comparison as comparison_of
     from seqwise.lab.tables import tables
 
     logging.disable_progress_bar()
@@ -119,7 +120,7 @@ def compare(
         trust_remote_code=trust_remote_code,
     )
     stderr = Console(stderr=True)
-    comparison = Comparison(settings, out=out, resume=resume)
+    comparison = comparison_of(settings, out=out, resume=resume)
     document, stopped = _shown(comparison, tables, as_json, stderr)
     if report is not None:
         from seqwise.lab.report import write_report

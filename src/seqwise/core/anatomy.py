@@ -145,6 +145,17 @@ class Anatomy:
         for part in sorted(needs - self.parts):
             raise UnsupportedModel(f"{owner} needs {PARTS[part]} ({type(self.model).__name__})")
 
+    def check_visual_budget(self, budget: Any, owner: str) -> None:
+        """Raises ValueError for a count of visual tokens per image that no image of this model has."""
+        if self.vision is None or not self.vision.sized or self.vision.tiled or not isinstance(budget, int):
+            return
+        most = self.vision.grid[0] * self.vision.grid[1]
+        if budget > most:
+            name = type(self.model).__name__
+            raise ValueError(
+                f"{owner}.budget must be in [1, {most}], the visual tokens of an image of {name}, got {budget}"
+            )
+
     @property
     def fingerprint(self) -> str:
         """Identifies architecture and weights: shapes of all, values of a few of each."""

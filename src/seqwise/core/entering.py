@@ -56,7 +56,7 @@ def enter_images(engine: Engine, kwargs: dict[str, Any], ledger: Ledger) -> dict
         stage = Stage(
             layer=0, layers=len(engine.anatomy.layers), order=rows.order.expand(B, -1), live=keep, visual=visual,
             image=image, entered=(image[..., None] == images).sum(1), state=state, patches=ledger.facts["patches"],
-            hidden=embeds, _fact=lambda name: getattr(segments, name),
+            hidden=embeds, _fact=lambda name: getattr(segments, name), scorer=engine.run.scorer,
         )  # fmt: skip
         cut = reducer.cut_input(stage)
         keep = keep if cut is None else keep & cut

@@ -9,7 +9,7 @@ owns hooks, masks, positions, caches, padding and batching. `a | b` composes met
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -57,6 +57,7 @@ class Method(Configured):
     abstract: ClassVar[bool] = True
     slots: ClassVar[tuple[str, ...]] = ()
     looks_ahead: ClassVar[bool] = False  # `sees` decides alone, without causality
+    shares_budget: ClassVar[bool] = False  # a count of visual tokens is for all images of a prompt together
     input_positions: ClassVar[str] = "compact"  # of rows that `cut_input` leaves, or "keep" for their own
     rotates: ClassVar[bool] = False  # `attend` moves keys: it gets each slot's position and the model's RoPE
 
@@ -68,20 +69,21 @@ class Method(Configured):
 
     # attaching
 
-    def on(self, model: nn.Module, *, chunk: int | None = None) -> Run:
+    def on(self, model: nn.Module, *, chunk: int | None = None, scorer: Callable[[], Tensor] | None = None) -> Run:
         """The method on a model, as a context manager.
 
         chunk: prefill in blocks of so many tokens, each of which sees the cache that the last one left, so that peak
-        memory falls.
+        memory falls. scorer: for methods that ask another model: called once per prompt, returns the scores of its
+        images or frames (n,) that the method's documentation names.
         Raises UnsupportedModel where the model lacks a part, ValueError for bad arguments; both before any change.
         """
         from seqwise.core.run import Run
 
-        return Run(self, model, chunk=chunk)
+        return Run(self, model, chunk=chunk, scorer=scorer)
 
-    def attach(self, model: nn.Module, *, chunk: int | None = None) -> Run:
+    def attach(self, model: nn.Module, *, chunk: int | None = None, scorer: Callable[[], Tensor] | None = None) -> Run:
         """Like `on`, for pipelines and servers: attached until `run.detach()`."""
-        return self.on(model, chunk=chunk).__enter__()
+        return self.on(model, chunk=chunk, scorer=scorer).__enter__()
 
     def __or__(self, other: Method) -> Composition:
         return Composition.of(self, other)
@@ -102,6 +104,18 @@ class Method(Configured):
 
     def check(self, anatomy: Anatomy) -> None:
         """Refuses what cannot work on this model: raises UnsupportedModel or ValueError. Runs before any change."""
+
+    def search_space(self, anatomy: Anatomy, budget: float) -> dict[str, tuple[float, float]]:
+        """Bounds of the numbers that a search may choose for this model under an average share of visual tokens over
+        the decoder's layers; empty where the method has no stages to plan."""
+        return {}
+
+    def planned(self, point: Mapping[str, float], anatomy: Anatomy, budget: float) -> Method:
+        """The method with these numbers, its last share solved so that the average over the layers is the budget.
+
+        Raises ValueError where no share does that.
+        """
+        raise NotImplementedError
 
     def facts(self) -> set[str]:
         """Facts of `Segments` that a prompt must come with ("set", "part", "box"); a prompt without them is refused."""
@@ -132,8 +146,8 @@ class Method(Configured):
         raise NotImplementedError
 
     def keep_input(self, tower: Tower) -> Tensor | Merged:
-        """`input.rows`: of each tile's visual tokens those that enter the language model, (T, k) ascending, or the
-        tokens that are made of them."""
+        """`input.rows`: of each tile's visual tokens those that enter the language model, (T, k) ascending or a mask
+        (T, N) bool, or the tokens that are made of them."""
         raise NotImplementedError
 
     def cut_input(self, stage: Stage) -> Tensor | None:

@@ -84,16 +84,21 @@ def refuse_attached(model: nn.Module) -> None:
 class Run:
     """One method attached to one model. Made by `method.on(model)`; enter it to attach."""
 
-    def __init__(self, method: Method, model: nn.Module, *, chunk: int | None) -> None:
+    def __init__(
+        self, method: Method, model: nn.Module, *, chunk: int | None, scorer: Callable[[], Tensor] | None = None
+    ) -> None:
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ValueError(f"chunk must be a whole number of tokens >= 1, got {chunk!r}")
         self.method = method
         self.model = model
         self.chunk = chunk
+        self.scorer = scorer
         self.anatomy = Anatomy.of(model)
         for part in method.parts:
             self.anatomy.require(part.needs(), str(part))
             part.check(self.anatomy)
+            if not part.shares_budget and {"tower.rows", "input.rows", "layer.rows"} & set(part.slots):
+                self.anatomy.check_visual_budget(getattr(part, "budget", None), type(part).__name__)
         self.state: dict[Method, Any] = {}  # hot state of methods: lives as long as the run
         self.announced: Announced | None = None
         self.tower_kept: list[list[int]] = []

@@ -124,7 +124,7 @@ class StageDriver:
         stage = Stage(
             index, len(self.engine.anatomy.layers), order, live, visual, image, entered, self.state,
             ledger.facts.get("patches", entered), hidden, lambda name: self._fact(name, order, ledger),
-            project, visible, self.previous, before,
+            self.engine.run.scorer, project, visible, self.previous, before,
         )  # fmt: skip
         keep = self.cutter.keep_rows(stage)
         keep = live if keep is None else keep_last(keep & live, live, order)

@@ -527,7 +527,9 @@ class TowerDriver:
                 merged.append((tower, chosen))
                 chosen = chosen.cells
             keep = torch.ones(T, n, device=device)
-            if chosen is not None:
+            if chosen is not None and chosen.dtype == torch.bool:
+                keep = chosen.float()
+            elif chosen is not None:
                 keep = torch.zeros(T, n, device=device).scatter(1, chosen, 1.0)
             if self._kept is not None:  # places on the full grid
                 alive = self._by_tile[t][0]

@@ -50,6 +50,7 @@ class Stage:
     patches: Tensor  # (B, images) visual tokens of each image's tiles, before anything was dropped
     hidden: Tensor  # (B, r, d), before the layer's norm
     _fact: Callable[[str], Tensor]
+    scorer: Callable[[], Tensor] | None = None  # as `on` got it
     _project: Callable[[], Projection] | None = None
     _visible: Visible | None = None
     _previous: Projection | None = None

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -82,23 +82,29 @@ class Comparison:
     Everything that needs no model is checked here: raises UsageError for unknown methods, tasks, fields and values.
     """
 
+    default_model: ClassVar[str] = DEFAULT_MODEL
+    default_methods: ClassVar[Sequence[str]] = DEFAULT_METHODS
+    default_budgets: ClassVar[Sequence[str]] = DEFAULT_BUDGETS
+    default_prompts: ClassVar[int] = DEFAULT_PROMPTS
+    quick_methods: ClassVar[Sequence[str]] = QUICK_METHODS
+    quick_prompts: ClassVar[int] = QUICK_PROMPTS
+
     def __init__(self, settings: Settings, *, out: Path | None = None, resume: bool = False) -> None:
         self.settings = settings
         self.notes: list[str] = []
         load_methods(settings.plugins)
         quick = settings.quick
-        names = settings.methods or (QUICK_METHODS if quick else DEFAULT_METHODS)
-        budgets = settings.budgets or (() if settings.methods else DEFAULT_BUDGETS)
+        names = settings.methods or (self.quick_methods if quick else self.default_methods)
+        budgets = settings.budgets or (() if settings.methods else self.default_budgets)
         self.methods = [method for method in parse_methods(names, budgets) if str(method) != PLAIN]
-        self.tasks = {label(one): one for one in map(_task, settings.tasks or DEFAULT_TASKS)}
-        lengths = [self._tokens(length) for length in settings.lengths] or (QUICK_LENGTHS if quick else DEFAULT_LENGTHS)
-        prompts = settings.prompts or (QUICK_PROMPTS if quick else DEFAULT_PROMPTS)
-        self.lengths = tuple(dict.fromkeys(lengths))
+        self.tasks = self._tasks()
+        self.lengths = self._lengths()
+        prompts = settings.prompts or (self.quick_prompts if quick else self.default_prompts)
         self.settings = replace(settings, lengths=self.lengths, prompts=prompts)
         self.cells = [
             Cell(name, mode, length)
             for name, one in self.tasks.items()
-            for length in ([None] if isinstance(one, File) else self.lengths)
+            for length in (self.lengths if one.sized else [None])
             for mode in modes_of(one)
         ]
         self.found: dict[Cell, dict[str, dict[int, Measurement]]] = {cell: {} for cell in self.cells}
@@ -112,6 +118,13 @@ class Comparison:
         self.resume = resume
 
     # what is compared
+
+    def _tasks(self) -> dict[str, Task]:
+        return {label(one): one for one in map(_task, self.settings.tasks or DEFAULT_TASKS)}
+
+    def _lengths(self) -> tuple[int, ...]:
+        lengths = [self._tokens(length) for length in self.settings.lengths]
+        return tuple(dict.fromkeys(lengths or (QUICK_LENGTHS if self.settings.quick else DEFAULT_LENGTHS)))
 
     def _tokens(self, length: int | str) -> int:
         """Tokens of context that a length stands for."""
@@ -128,14 +141,14 @@ class Comparison:
     def _facts(self) -> dict[str, Any]:
         """The settings as JSON values, defaults filled in; two comparisons can be joined where they are equal."""
         facts = asdict(self.settings) | {
-            "model": self.settings.model or DEFAULT_MODEL,
+            "model": self.settings.model or self.default_model,
             "methods": [PLAIN, *map(str, self.methods)],
             "tasks": list(self.tasks),
             "lengths": list(self.settings.lengths),
             "plugins": list(self.settings.plugins),
         }
         del facts["budgets"]  # the methods' own texts have them
-        files = [*self.settings.plugins, *(one.path for one in self.tasks.values() if isinstance(one, File))]
+        files = [*self.settings.plugins, *(path for one in self.tasks.values() for path in one.files)]
         facts["files_sha256"] = {str(path): sha256(path) for path in files}
         return facts
 
@@ -234,8 +247,7 @@ class Comparison:
         for name, one in traced.items():
             self.found[cell].setdefault(name, {})[i] = one.measurement
         self.failures[cell] = failures
-        if not self.sample and cell == self._sample_cell() and i == count // 2:
-            self.sample = self._sampled(tokenizer, cell, prompt, i, traced)
+        self._take_sample(tokenizer, cell, prompt, i, count, traced)
 
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         name = None if self.facts["model"] == DEFAULT_MODEL else self.settings.model
@@ -277,12 +289,21 @@ class Comparison:
     def _sample_cell(self) -> Cell:
         return next((cell for cell in self.cells if self.tasks[cell.task].max_new_tokens), self.cells[0])
 
-    def _sampled(
-        self, tokenizer: PreTrainedTokenizerBase, cell: Cell, prompt: Prompt, i: int, traced: dict[str, Traced]
-    ) -> dict[str, Any]:
+    def _take_sample(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        cell: Cell,
+        prompt: Prompt,
+        i: int,
+        count: int,
+        traced: dict[str, Traced],
+    ) -> None:
+        """What was kept of the middle prompt of one cell."""
+        if self.sample or cell != self._sample_cell() or i != count // 2:
+            return
         ids = torch.cat(encode(tokenizer, prompt), 1)[0].tolist()
         order = [PLAIN, *map(str, self.methods)]
-        return {
+        self.sample = {
             **cell._asdict(),
             "prompt": i,
             "tokens": [tokenizer.decode([token]) for token in ids],

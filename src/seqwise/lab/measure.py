@@ -14,19 +14,24 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from seqwise.core.anatomy import Anatomy
+from seqwise.core.errors import UsageError
 from seqwise.core.method import Method
 from seqwise.core.run import Run
 from seqwise.lab.intervals import rank_correlation
+from seqwise.lab.looking import Looking, Pictured, encode_pictures, pictures_of, visual_tokens
+from seqwise.lab.operations import counted
 from seqwise.lab.tasks import Output, Prompt, Task, encode, encode_answer
 
 Mode: TypeAlias = Literal["blind", "aware"]
@@ -39,7 +44,8 @@ class Measurement:
     kept_tokens: live slots, mean over layers and KV heads. attention_work: share of the plain model's query-key
     products. prefill_s: seconds; decode_s: seconds per token, None where nothing was decoded. depth: where the answer
     stands, as a share of the context. position_correlation: Spearman's, of a prompt token's place and the share of
-    (layer, KV head) that still holds it; None where all are held alike.
+    (layer, KV head) that still holds it; None where all are held alike. visual_tokens: by stage, "input" first, and
+    operations: of the prefill (`lab.operations`); both of prompts with images alone.
     """
 
     scores: dict[str, float]
@@ -56,6 +62,8 @@ class Measurement:
     decode_s: float | None
     depth: float | None = None
     position_correlation: float | None = None
+    visual_tokens: dict[str, int] | None = None
+    operations: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,15 +72,18 @@ class Measurement:
 @dataclass(frozen=True)
 class Traced:
     """A measurement with what is too large to keep: the scored logits (T, V), and per prompt token the share of
-    (layer, KV head) that still holds it at the end (n,)."""
+    (layer, KV head) that still holds it at the end (n,). pictures: what stayed of each image, stage by stage."""
 
     measurement: Measurement
     logits: Tensor | None
     kept: Tensor
+    pictures: list[Any] = field(default_factory=list)
 
 
 def modes_of(task: Task) -> tuple[Mode, ...]:
-    """Text that goes on has no question, so nothing to be aware of."""
+    """Text that goes on has no question, so nothing to be aware of; questions about images are part of the prompt."""
+    if isinstance(task, Looking):
+        return ("aware",)
     return ("blind", "aware") if task.max_new_tokens else ("blind",)
 
 
@@ -93,12 +104,23 @@ def measure(
     chunk: as in `Method.on`, for the method only. full_logits: the plain model's, for tasks that compare with them.
     Raises what the method raises, and ArithmeticError for scores that are not finite.
     """
-    context, question = (ids.to(model.device) for ids in encode(tokenizer, prompt))
+    images: dict[str, Tensor] = {}
+    if isinstance(prompt, Pictured):
+        images = {name: value.to(model.device) for name, value in encode_pictures(tokenizer, prompt).items()}
+        context = images.pop("input_ids")
+        question = context[:, :0]
+        images.pop("attention_mask", None)  # of one prompt: all ones
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    else:
+        context, question = (ids.to(model.device) for ids in encode(tokenizer, prompt))
     asked = torch.cat([context, question], 1)  # (1, n)
     first = context if mode == "blind" else asked
-    with method.on(model, chunk=chunk) if method is not None else nullcontext() as run:
+    attached = method.on(model, chunk=chunk) if method is not None else nullcontext()
+    anatomy = Anatomy.of(model)
+    with attached as run, counted(anatomy) if images else nullcontext() as rows:
         driver = _Driver(model, run)
-        logits, prefill_s = driver.timed(lambda: driver.prefill(first))  # (1, 1, V)
+        logits, prefill_s = driver.timed(lambda: driver.prefill(first, images))  # (1, 1, V)
+        operations = None if rows is None else rows.operations
         gold = encode_answer(tokenizer, prompt).to(model.device)  # (1, T)
         rest = asked[:, first.shape[1] :]  # (1, m), the question where it comes after the prompt
         text = ""
@@ -116,12 +138,18 @@ def measure(
             raise ArithmeticError(f"scores are not finite: {scores}")
         cost = _cost(driver.cache) if run is None else _reported(run)
         kept = torch.ones(asked.shape[1]) if run is None else _kept(run, asked.shape[1])
+        maps = pictures_of(run) if images and run is not None else []
+        visual = None
+        if images and anatomy.vision is not None:
+            tokens = int(torch.isin(asked, torch.tensor(anatomy.vision.tokens, device=asked.device)).sum())
+            visual = {"prompt": tokens} | ({} if run is None else visual_tokens(run))
     held = kept[: first.shape[1]]
     measured = Measurement(
         scores=scores, text=text, prefill_s=prefill_s, decode_s=decode_s, **cost, depth=prompt.facts.get("depth"),
-        position_correlation=rank_correlation(held.tolist(), range(len(held))),
+        position_correlation=rank_correlation(held.tolist(), range(len(held))), visual_tokens=visual,
+        operations=operations,
     )  # fmt: skip
-    return Traced(measured, output.logits, kept)
+    return Traced(measured, output.logits, kept, maps)
 
 
 class _Driver:
@@ -133,19 +161,21 @@ class _Driver:
         self.cache: Any = None
         self.seen = 0
 
-    def prefill(self, ids: Tensor) -> Tensor:
+    def prefill(self, ids: Tensor, images: dict[str, Tensor]) -> Tensor:
         """The whole prompt (1, n), in chunks where the run says so; logits of its last row (1, 1, V)."""
         n = ids.shape[1]
         if self.run is None:
-            return self.forward(ids)
+            return self.forward(ids, images)
+        if images and self.run.chunk is not None:
+            raise UsageError("images cannot be split over chunks; leave out --chunk")
         step = self.run.chunk or n
         with self.run.expect(ids, n):
             for start in range(0, n, step):
-                logits = self.forward(ids[:, start : start + step])
+                logits = self.forward(ids[:, start : start + step], images)
         self.run.end_prompt()
         return logits
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, images: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
         """Further rows (1, q); logits of the last one (1, 1, V)."""
         self.seen += ids.shape[1]
         out = self.model(
@@ -154,6 +184,7 @@ class _Driver:
             cache=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **images,
         )
         self.cache = out.cache
         logits: Tensor = out.logits

@@ -43,7 +43,8 @@ def parse_methods(texts: Sequence[str], budgets: Sequence[str] = ()) -> list[Met
     """Methods from text, each once, in order of appearance. Text is parsed, never evaluated.
 
     budgets: what `budget` becomes, one method for each ("0.25" a share, "256" tokens); parts of a composition get
-    the same one, and methods without the field stay as they are. Raises UsageError for what cannot be read.
+    the same one, and methods without the field, or with one per stage, stay as they are. Raises UsageError for what
+    cannot be read.
     """
     shares = [_budget(text) for text in budgets]
     methods: list[Method] = []
@@ -61,7 +62,7 @@ def parse_methods(texts: Sequence[str], budgets: Sequence[str] = ()) -> list[Met
 def _with_budget(method: Method, budget: int | float) -> Method:
     if isinstance(method, Composition):
         return Composition.of(*(_with_budget(part, budget) for part in method.parts))
-    if "budget" not in {spec.name for spec in dataclasses.fields(method)}:
+    if isinstance(getattr(method, "budget", ()), tuple):  # none, or one per stage or layer
         return method
     return dataclasses.replace(method, budget=budget)  # type: ignore[call-arg]
 

@@ -26,8 +26,8 @@ from markupsafe import Markup, escape
 
 from seqwise.core.errors import UsageError
 from seqwise.lab.compare import SCHEMA
-from seqwise.lab.rows import ENOUGH, PLAIN, equal_cost
-from seqwise.lab.tasks import TASKS
+from seqwise.lab.rows import ENOUGH, PLAIN, equal_cost, visual_stages
+from seqwise.lab.tasks import TASKS, answered
 
 Facet: TypeAlias = tuple[str, Any, str]  # task, length, metric
 Verdict: TypeAlias = Literal["loss", "gain", "within noise", ""]
@@ -35,6 +35,7 @@ Verdict: TypeAlias = Literal["loss", "gain", "within noise", ""]
 SHARES = {"accuracy", "match"}  # metrics in [0, 1], shown in per cent
 LOWER = {name for task in TASKS.values() for name, better in task.metrics.items() if better == "lower"}
 COLOURS = 10  # in report.css
+DATA_IMAGE = "data:image/png;base64,"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -226,6 +227,7 @@ class Page:
             for name, shares in (sample.get("kept") or {}).items()
             if shares
         ]
+        self.pictures = [Picture(number, facts, by_name) for number, facts in enumerate(sample.get("pictures") or [])]
 
     @property
     def model(self) -> str:
@@ -329,6 +331,10 @@ class Page:
         mine = [cell for cell in self.cells if cell.entry is entry]
         found = [cell.share(name) if name.endswith("_bytes") else cell.number(name) for cell in mine]
         return [value for value in found if value is not None]
+
+    def visual_tokens(self, entry: Entry) -> str:
+        """The visual tokens of the prompts and behind each stage."""
+        return visual_stages([cell.row for cell in self.cells if cell.entry is entry])
 
     def failures(self, entry: Entry) -> dict[str, list[str]]:
         """Reason -> the task and mode of each cell that failed for it."""
@@ -555,6 +561,71 @@ class Panel:
                 taken.append((x, y, a, b))
             edge = max(edge, *(at + 2 * self.margin for cell, at in placed if cell in group))
         return placed
+
+
+class Picture:
+    """One question about images, and what each method kept of them."""
+
+    def __init__(self, number: int, facts: Mapping[str, Any], by_name: Mapping[str, Entry]) -> None:
+        self.type, self.question, self.answer = (str(facts.get(name) or "") for name in ("task", "question", "answer"))
+        self.question = self.question.replace("<image>", "").strip()
+        images = [str(url) for url in facts.get("images") or []]
+        self.images = {f"image-{number}-{i}": url for i, url in enumerate(images) if url.startswith(DATA_IMAGE)}
+        self.replies = [
+            Reply(by_name.get(name), name, seen, self.answer, list(self.images))
+            for name, seen in (facts.get("methods") or {}).items()
+        ]
+
+
+class Reply:
+    """What one method answered, and what it saw: a cut per stage and map of visual tokens."""
+
+    def __init__(
+        self, entry: Entry | None, name: str, seen: Mapping[str, Any], answer: str, images: Sequence[str]
+    ) -> None:
+        self.entry, self.name, self.text = entry, name, " ".join(str(seen.get("text") or "").split())
+        self.right = answered(self.text, answer)
+        maps = list(seen.get("maps") or [])
+        shown = len({one["image"] for one in maps}) == len(images)  # else tiles, each a part of an image
+        self.cuts = [
+            Cut(one, stage, images[int(one["image"])] if shown else None, _named(one, maps))
+            for one in maps
+            for stage in one["stages"]
+        ]
+
+
+def _named(one: Mapping[str, Any], maps: Sequence[Mapping[str, Any]]) -> str:
+    """Which map of visual tokens, where there are several."""
+    tiles = [other["tile"] for other in maps if other["image"] == one["image"]]
+    several = len({other["image"] for other in maps}) > 1
+    name = f"image {int(one['image']) + 1}" if several else ""
+    if tiles == [0, 1]:
+        name = f"{name} {'tiles' if one['tile'] else 'overview'}"
+    elif len(tiles) > 1:
+        name = f"{name} frame {int(one['tile']) + 1}"
+    return name.strip()
+
+
+class Cut:
+    """The cells of one map that a stage left, as SVG paths in cells."""
+
+    def __init__(self, one: Mapping[str, Any], stage: Mapping[str, Any], image: str | None, where: str) -> None:
+        self.rows, self.columns, self.image, self.where = int(one["rows"]), int(one["columns"]), image, where
+        self.stage = str(stage["name"])
+        kept = {int(cell) for cell in stage["kept"]}
+        merged = {int(cell) for group in stage["members"].values() for cell in group} - kept
+        everything = set(range(self.rows * self.columns))
+        self.kept, self.merged, self.all = len(kept), len(merged), len(everything)
+        self.gone_path, self.merged_path, self.kept_path = map(self._path, (everything - kept - merged, merged, kept))
+
+    def _path(self, cells: Iterable[int]) -> str:
+        return "".join(f"M{c % self.columns} {c // self.columns}h1v1h-1z" for c in sorted(cells))
+
+    @property
+    def title(self) -> str:
+        told = f"{self.stage}: {self.kept} of {self.all}"
+        told += f", {self.merged} merged into them" if self.merged else ""
+        return f"{self.where}, {told}" if self.where else told
 
 
 class Strip:

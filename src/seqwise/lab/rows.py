@@ -154,12 +154,32 @@ def _cost(measured: Measured, plain: Measured) -> dict[str, Any]:
     both = [(measured[i], plain[i]) for i in measured if i in plain]
     cost["prefill_ratio"] = _median(a.prefill_s / b.prefill_s for a, b in both)
     cost["decode_ratio"] = _median(a.decode_s / b.decode_s for a, b in both if a.decode_s and b.decode_s)
+    cost["operations_ratio"] = _mean(a.operations / b.operations for a, b in both if a.operations and b.operations)
+    stages = dict.fromkeys(stage for one in ones for stage in one.visual_tokens or {})
+    tokens = {stage: [(one.visual_tokens or {}).get(stage) for one in ones] for stage in stages}
+    cost["visual_tokens"] = {
+        stage: statistics.fmean(n for n in counts if n is not None) for stage, counts in tokens.items()
+    } or None
     # the plain model never acts; everybody else should
     cost["acted"] = any(one.acted for one in ones)
     return cost
 
 
-_COSTS = (*_MEANS, "kept_share", "position_correlation", "prefill_ratio", "decode_ratio")
+def visual_stages(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Such as `64, tower 32, layer 2 16`: the prompt's visual tokens, and those behind each stage; means over rows."""
+    stages = dict.fromkeys(stage for row in rows for stage in row.get("visual_tokens") or {})
+    means = {
+        stage: statistics.fmean(
+            row["visual_tokens"][stage] for row in rows if stage in (row.get("visual_tokens") or {})
+        )
+        for stage in stages
+    }
+    return ", ".join(f"{n:.0f}" if stage == "prompt" else f"{stage} {n:.0f}" for stage, n in means.items())
+
+
+_COSTS = (
+    *_MEANS, "kept_share", "position_correlation", "operations_ratio", "visual_tokens", "prefill_ratio", "decode_ratio",
+)  # fmt: skip
 
 
 def by_depth(cell: Cell, metrics: Mapping[str, Better], found: Mapping[str, Measured]) -> list[dict[str, Any]]:
@@ -179,6 +199,11 @@ def by_depth(cell: Cell, metrics: Mapping[str, Better], found: Mapping[str, Meas
                 facts = {**cell._asdict(), "method": method, "metric": metric, "depth": span, "n": len(values)}
                 rows.append({**facts, "value": statistics.fmean(values), "low": low, "high": high})
     return rows
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.fmean(found) if found else None
 
 
 def _median(values: Iterable[float]) -> float | None:

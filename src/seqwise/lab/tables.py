@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from seqwise.lab.rows import PLAIN
+from seqwise.lab.rows import PLAIN, visual_stages
 from seqwise.lab.tasks import TASKS
 
 _SHARES = ("accuracy", "match")
@@ -23,9 +23,11 @@ def tables(document: Mapping[str, Any]) -> list[RenderableType]:
     for length in dict.fromkeys(row["length"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["length"] == length]
         about = "your own prompts" if length is None else f"{length} tokens of context"
+        looking = any(row["visual_tokens"] for row in rows)
+        about = "questions about images" if looking else about
         for mode in dict.fromkeys(row["mode"] for row in rows):
             shown.append(_quality([row for row in rows if row["mode"] == mode], f"question-{mode}, {about}"))
-        shown.append(_costs(rows, about))
+        shown.append(_image_costs(rows, about) if looking else _costs(rows, about))
         shown += _depths([row for row in document["by_depth"] if row["length"] == length], about)
     lengths = list(dict.fromkeys(row["length"] for row in document["rows"] if row["length"] is not None))
     if len(lengths) > 1:
@@ -164,6 +166,38 @@ def _costs(rows: list[dict[str, Any]], about: str) -> Table:
             f"{mean('attention_work'):.0%}", _times(mean("prefill_ratio")), _times(mean("decode_ratio")),
         )  # fmt: skip
     return grid
+
+
+def _image_costs(rows: list[dict[str, Any]], about: str) -> Table:
+    grid = Table(
+        box=SIMPLE_HEAD, title=f"Cost, {about}", title_justify="left", caption_justify="left", padding=(0, 1, 0, 0)
+    )
+    grid.caption = (
+        "means over types; visual tokens of the prompt and behind each stage; operations of tower and decoder at "
+        "prefill, prefill time and seconds per token: the plain model's = 1; cache as allocated"
+    )
+    for name in ("method", "visual tokens", "operations", "cache", "KiB", "prefill", "per token"):
+        grid.add_column(name, justify="left" if name in ("method", "visual tokens") else "right", overflow="fold")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method and row["status"] == "ok"]
+        if not mine:
+            grid.add_row(method, *["-"] * 6)
+            continue
+        cache, plain = (sum(row[name] for row in mine) / len(mine) for name in ("cache_bytes", "plain_bytes"))
+        grid.add_row(
+            method, visual_stages(mine), _share(_average(mine, "operations_ratio")), f"{cache / plain:.0%}",
+            f"{cache / 2**10:.0f}", _times(_average(mine, "prefill_ratio")), _times(_average(mine, "decode_ratio")),
+        )  # fmt: skip
+    return grid
+
+
+def _average(rows: list[dict[str, Any]], name: str) -> float | None:
+    values = [row[name] for row in rows if row[name] is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _share(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.0%}"
 
 
 def _rank(correlation: float | None) -> str:

@@ -12,7 +12,7 @@ import json
 import random
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -125,6 +125,12 @@ class Task(Configured):
     metrics: ClassVar[Mapping[str, Better]]
     max_new_tokens: ClassVar[int] = 0  # 0: nothing is generated, the score reads logits
     reads_full: ClassVar[bool] = False  # needs Output.full_logits
+    sized: ClassVar[bool] = True  # contexts of a wanted length
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What the prompts are read from."""
+        return ()
 
     @abstractmethod
     def prompts(self, tokenizer: PreTrainedTokenizerBase, n: int, seed: int, length: int) -> list[Prompt]:
@@ -247,32 +253,54 @@ class File(Answering):
     path: str = param(doc="a .jsonl file")
 
     name: ClassVar[str] = "file"
+    sized: ClassVar[bool] = False
+    fields: ClassVar[tuple[str, ...]] = ("context", "question", "answer")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.path,)
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase, n: int, seed: int, length: int) -> list[Prompt]:
-        try:
-            lines = Path(self.path).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read {self.path}: {getattr(error, 'strerror', None) or error}") from None
-        found = [self._item(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        if not found:
-            raise UsageError(f'{self.path} has no lines; each is {{"context": ..., "question": ..., "answer": ...}}')
-        return found[:n]
+        return [self._item(where, number, item) for number, where, item in json_lines(self.path, self.fields)][:n]
 
-    def _item(self, number: int, line: str) -> Prompt:
-        where = f"{self.path}, line {number}"
+    def _item(self, where: str, number: int, item: Mapping[str, Any]) -> Prompt:
+        context, question, answer = (text_field(where, item, name) for name in self.fields)
+        return Prompt(context, question, answer, facts={"line": number})  # stripped, as chat templates do
+
+
+def json_lines(path: str, fields: Sequence[str]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Each line's number, where it is ("file, line 3") and its object.
+
+    fields: named in the message for a file without lines. Raises UsageError for what cannot be read.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    empty = True
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        empty, where = False, f"{path}, line {number}"
         try:
             item = json.loads(line)
         except ValueError as error:
             raise UsageError(f"{where}: not JSON ({error})") from None
         if not isinstance(item, dict):
             raise UsageError(f"{where}: must be an object, got {type(item).__name__}")
-        for name in ("context", "question", "answer"):
-            value = item.get(name)
-            if not isinstance(value, str) or not value.strip():
-                got = "nothing" if name not in item else repr(value)
-                raise UsageError(f"{where}: field {name!r} must be a text that is not empty, got {got}")
-        context, question, answer = (item[name].strip() for name in ("context", "question", "answer"))
-        return Prompt(context, question, answer, facts={"line": number})  # stripped, as chat templates do
+        yield number, where, item
+    if empty:
+        form = ", ".join(f'"{name}": ...' for name in fields)
+        raise UsageError(f"{path} has no lines; each is {{{form}}}")
+
+
+def text_field(where: str, item: Mapping[str, Any], name: str) -> str:
+    """A field's text without blanks around it. Raises UsageError where it is missing, empty or no text."""
+    value = item.get(name)
+    if not isinstance(value, str) or not value.strip():
+        got = "nothing" if name not in item else repr(value)
+        raise UsageError(f"{where}: field {name!r} must be a text that is not empty, got {got}")
+    return value.strip()
 
 
 @dataclass(frozen=True)

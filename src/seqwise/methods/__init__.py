@@ -17,9 +17,12 @@ from seqwise.methods.order.just_read_twice import JustReadTwice
 from seqwise.methods.order.pine import PINE
 from seqwise.methods.order.set_based_prompting import SetBasedPrompting
 from seqwise.methods.order.v2pe import V2PE
+from seqwise.methods.reduce.baselines import AveragePool, FastV, RandomTokens, UniformGrid
 from seqwise.methods.reduce.flowcut import FlowCut
 from seqwise.methods.reduce.fopru import FoPru
+from seqwise.methods.reduce.hiprune import HiPrune
 from seqwise.methods.reduce.transprune import TransPrune
+from seqwise.methods.reduce.vtc_cls import VTCCLS
 
 __all__ = [
     "A2SF",
@@ -28,17 +31,22 @@ __all__ = [
     "PINE",
     "TOVA",
     "V2PE",
+    "VTCCLS",
     "AttentionCalibration",
+    "AveragePool",
     "ConcentricCausalAttention",
     "ElementOrdering",
+    "FastV",
     "FlowCut",
     "FoPru",
     "Full",
     "Giraffe",
     "HiPAttention",
+    "HiPrune",
     "JustReadTwice",
     "LazyEviction",
     "Random",
+    "RandomTokens",
     "Recent",
     "SetBasedPrompting",
     "SnapKV",
@@ -46,5 +54,6 @@ __all__ = [
     "TokenRecycling",
     "TokenSelect",
     "TransPrune",
+    "UniformGrid",
     "ZipCache",
 ]

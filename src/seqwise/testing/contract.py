@@ -56,6 +56,11 @@ EXAMPLES: dict[str, str] = {
     "HiPAttention": "HiPAttention(budget=6, block_q=8, window=2, sinks=1, stride=4, refresh=3, dense=1)",
     "TidalDecode": "TidalDecode(budget=6, start=1, correction=2)",
     "TokenSelect": "TokenSelect(budget=6, sinks=1, local=4, block=4)",
+    "FastV": "FastV(budget=0.4, layer=2)",
+    "VTCCLS": "VTCCLS(budget=0.4, start=2)",
+    "HiPrune": "HiPrune(budget=0.5, layer=2, alpha=1.0, beta=0.1)",
+    "ToDRE": "ToDRE(budget=0.5, check_layer=1, tau=0.9)",
+    "CATP": "CATP(budget=0.4, layer=2)",
     "TransPrune": "TransPrune(budget=(0.6, 0.3), prune_after=(2, 3), layers=(1, 3))",
 }
 

