@@ -60,5 +60,5 @@ $(BASE): pyproject.toml
 	touch $@
 
 $(DEV): $(BASE)
-	$(PIP) -e ".[demo,explain,train,eval,diffusers,dev]"
+	$(PIP) -e ".[demo,explain,train,eval,plan,diffusers,dev]"
 	touch $@

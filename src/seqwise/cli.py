@@ -22,6 +22,7 @@ from seqwise.core.errors import SeqwiseError, UsageError
 
 if TYPE_CHECKING:
     from seqwise.lab.compare import Comparison
+    from seqwise.lab.plan import Planning
     from seqwise.lab.probes.run import Probing
 
 app = typer.Typer(
@@ -40,11 +41,16 @@ def papers(
         Optional[Literal["planned", "implemented"]],  # noqa: UP045 - typer evaluates it on Python 3.10
         typer.Option(help="Show only papers of this status."),
     ] = None,
+    facet: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help='Show only token reducers with this facet: "criterion=similarity". Again for more.'),
+    ] = None,
 ) -> None:
     """List the papers: what is implemented, and whether its claims held when reproduced."""
     from seqwise.lab import catalogue
 
     shown = [paper for paper in catalogue.papers() if status in (None, paper.status)]
+    shown = catalogue.with_facets(shown, facet or ())
     if as_json:
         print(json.dumps({"papers": [paper.to_dict() for paper in shown]}, indent=2, ensure_ascii=False))
     else:
@@ -252,6 +258,57 @@ def probe(
 
 
 @app.command()
+def plan(
+    method: Annotated[str, typer.Argument(help='A staged method, as in Python: "VFlowOpt", "TransPrune", "FastV".')],
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A Hub name or a folder. Default: scenes-vlm, which ships with the package."),
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Average share of visual tokens over the decoder's layers.")] = 0.25,
+    prompts: Annotated[int, typer.Option(help="Prompts that the search sees.")] = 30,
+    evaluations: Annotated[int, typer.Option(help="Schedules that are tried.")] = 60,
+    seed: Annotated[int, typer.Option(help="Of the search and of the prompts.")] = 42,
+    task: Annotated[Optional[str], typer.Option(help="A .jsonl file with prompts of your own.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Write the JSON document, kept up to date.")] = None,  # noqa: UP045
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same search was stopped.")] = False,
+    plugin: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="A Python file with methods of your own. Again for more."),
+    ] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ...")] = None,  # noqa: UP045
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, ...")] = None,  # noqa: UP045
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
+) -> None:
+    """Search the stages and shares of a method that change a model least under a budget."""
+    from transformers.utils import logging
+
+    from seqwise.lab.plan import Planning, Settings, tables
+
+    logging.disable_progress_bar()
+    settings = Settings(
+        method=method,
+        model=model,
+        budget=budget,
+        prompts=prompts,
+        evaluations=evaluations,
+        seed=seed,
+        task=task,
+        plugins=tuple(map(str, plugin or ())),
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    stderr = Console(stderr=True)
+    planning = Planning(settings, out=out, resume=resume)
+    _, stopped = _shown(planning, tables, as_json, stderr)
+    if stopped or planning.failed:
+        raise typer.Exit(130 if stopped else 1)
+
+
+@app.command()
 def reproduce(
     slug: Annotated[Optional[list[str]], typer.Argument(help="Papers, as `seqwise papers` lists them.")] = None,  # noqa: UP045
     every: Annotated[bool, typer.Option("--all", help="Every paper that has a reproduction.")] = False,
@@ -267,7 +324,7 @@ def reproduce(
 
 
 def _shown(
-    work: Comparison | Probing,
+    work: Comparison | Probing | Planning,
     tables: Callable[[dict[str, Any]], list[RenderableType]],
     as_json: bool,
     stderr: Console,

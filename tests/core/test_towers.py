@@ -143,7 +143,7 @@ def test_a_padded_batch_is_what_each_prompt_is_alone(name, method):
         with method.on(model) as run:
             alone = model.generate(**prompt, **options)
             # a text prompt alone never reaches the stage
-            assert run.kept()[0].get("input", list(range(14))) == kept[b]["input"]
+            assert run.kept()[0].get("input") == kept[b].get("input")
             assert run.acted == (b < 2)
         for got, wanted in zip(together.logits, alone.logits, strict=True):
             torch.testing.assert_close(got[b], wanted[0], **family.tolerance)

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from seqwise.core.errors import UsageError
+from seqwise.insight.probe.token_reduction_beyond_efficiency import check_facets
 from seqwise.lab import catalogue
 from seqwise.lab.catalogue import Paper
 
@@ -178,3 +179,18 @@ def test_the_table_shows_verdict_and_staleness(fake):
         console.print(catalogue.table([paper]))
     assert "implemented, holds (stale)" in capture.get()
     assert "1 papers, 1 implemented" in capture.get()
+
+
+def test_facets_are_those_of_the_taxonomy_and_filter_the_papers():
+    placed = [paper for paper in catalogue.papers() if paper.facets]
+    assert len(placed) >= 18
+    for paper in placed:
+        assert check_facets(paper.facets) == paper.facets
+    merging = [
+        paper.slug for paper in catalogue.with_facets(catalogue.papers(), ["strategy=merge", "modality=multimodal"])
+    ]
+    assert {"visiondrop", "vflowopt", "vmtc-cmai"} <= set(merging) and "vtc-cls" not in merging
+    assert catalogue.with_facets(catalogue.papers(), []) == list(catalogue.papers())
+    for text in ("strategy=merg", "colour=red", "strategy"):
+        with pytest.raises(UsageError, match=f"--facet {text}: facet"):
+            catalogue.with_facets(placed, [text])

@@ -70,7 +70,7 @@ def test_a_file_of_ones_own_has_columns_by_type_and_images_where_the_question_sa
     assert second.question.startswith("<image> and <image> how many")
     assert third.question == "<image> <image> what colour is the cross ?" and len(third.images) == 2
     batch = encode_pictures(scenes.processor(), second)
-    assert int((batch["input_ids"] == scenes.IMAGE_ID).sum()) == 128 and batch["pixel_values"].shape[0] == 2
+    assert int((batch["input_ids"] == scenes.processor().image_token_id).sum()) == 128 and batch["pixel_values"].shape[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +68,7 @@ class Account:
 
     pairs: int = 0  # query-key pairs computed, times query heads
     plain_pairs: int = 0
-    rows: dict[int, int] = field(default_factory=dict)
+    forwards: int = 0  # since the prompt
     acted: bool = False
 
 
@@ -321,8 +321,11 @@ class Engine:
         ledger = self.ledger
         if self.plain or ledger is None:
             return
+        if ledger.phase == "decode":
+            self.account.forwards += 1
         if ledger.phase == "prefill":
             ledger.enter()
+            ledger.prompt_columns = ledger.columns
             if ledger.expected_columns is not None and ledger.columns >= ledger.expected_columns:
                 ledger.phase = "decode"
 
@@ -361,10 +364,12 @@ class Engine:
 
     # reports
 
-    def note_kept(self, stage: str, rows: Rows) -> None:
+    def note_kept(self, stage: str, before: Rows, rows: Rows) -> None:
+        """Notes what a stage left of the samples that lost rows there."""
         assert self.ledger is not None
-        order = rows.order.expand(self.ledger.batch, -1)
-        self.ledger.kept[stage] = [[i for i in row if i >= 0] for row in order.tolist()]
+        B = self.ledger.batch
+        counts = zip(before.lengths(B), rows.lengths(B), rows.order.expand(B, -1).tolist(), strict=True)
+        self.ledger.kept[stage] = [None if n == m else [i for i in row if i >= 0] for n, m, row in counts]
 
     def _note_tower(self, stage: str, kept: list[list[int]]) -> None:
         assert self.anatomy.vision is not None

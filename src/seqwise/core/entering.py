@@ -106,7 +106,7 @@ def _dropped(
     if engine.stages is not None:
         engine.stages.state = {name: value.gather(1, index) for name, value in engine.stages.state.items()}
     engine.account.acted = True
-    engine.note_kept("input", ledger.rows[0])
+    engine.note_kept("input", rows, ledger.rows[0])
     return kwargs
 
 

@@ -62,13 +62,15 @@ class Ledger:
     phase: Phase = "prefill"
     step: int = 0  # decode rows so far
     columns: int = 0  # columns the model has seen, padding included
+    prompt_columns: int = 0  # of these, the prompt's
     length: Tensor | None = None  # (B,) real tokens seen
     rows: list[Rows] = field(default_factory=list)  # of the current forward, per layer
     entered: list[list[int]] = field(default_factory=list)  # real prompt rows that reached each layer, per sample
     padded: bool = False
     expected: list[int] | None = None  # real tokens of the whole prompt, where generate told them
     expected_columns: int | None = None
-    kept: dict[str, list[Any]] = field(default_factory=dict)  # stage -> per sample, original positions that stayed
+    # stage -> per sample, original positions that stayed; None where the sample lost nothing there
+    kept: dict[str, list[list[int] | None]] = field(default_factory=dict)
     members: dict[str, list[dict[int, list[int]]]] = field(default_factory=dict)  # likewise, who was merged into it
     shift: dict[int, Tensor] = field(default_factory=dict)  # first layer -> (B,) renumbered positions to take off
     # what is remembered for this prompt: tensors (B, ...), tuples and dicts of them, or objects whose `select(batch)`
@@ -129,6 +131,17 @@ class Ledger:
             self.entered = [
                 [a + b for a, b in zip(old, new, strict=True)] for old, new in zip(self.entered, counts, strict=True)
             ]
+
+    def stages(self) -> dict[str, float]:
+        """Real rows of the prompt that came ("prompt"), and that were left behind each stage; means over samples."""
+        if self.whole is None or (self.phase == "prefill" and not self.entered):
+            return {}
+        rows = self.whole.real.sum(-1).tolist()
+        found = {"prompt": sum(rows) / len(rows)}
+        for name, kept in self.kept.items():
+            rows = [n if left is None else len(left) for n, left in zip(rows, kept, strict=False)]
+            found[name] = sum(rows) / len(rows)
+        return found
 
     def base(self, layer: int) -> list[int]:
         """Real prompt tokens per sample that a share of this layer's cache refers to."""

@@ -53,6 +53,9 @@ class Report:
     plain_bytes: int
     peak_bytes: int  # of the cache, so far
     attention_work: float  # share of the plain model's query-key products
+    stages: dict[str, float]  # rows of the prompt, and those behind each stage that cut some; means over samples
+    decoded: int  # tokens since the prompt that the model has read, of the longest sample
+    forwards: int  # that read them
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,6 +74,11 @@ class Report:
             f"  cache peak         {mib(self.peak_bytes)}",
             f"  attention work     {self.attention_work:.1%} of the plain model's",
         ]
+        if len(self.stages) > 1:
+            told = ", ".join(f"{n:.0f} {stage}" for stage, n in self.stages.items())
+            lines.insert(2, f"  prompt rows        {told}")
+        if self.decoded:
+            lines.append(f"  decoding           {self.decoded} tokens read in {self.forwards} forwards")
         return "\n".join(lines)
 
 
@@ -318,7 +326,8 @@ class Run:
     def kept(self, layer: int | None = None) -> list[Any]:
         """Original positions that stayed, ascending, per sample.
 
-        layer: that layer's cache, per KV head. None: all stages by name ("input", "layer 7", "cache 0", ...).
+        layer: that layer's cache, per KV head. None: all stages at which the sample lost rows, and all caches, by name
+        ("input", "layer 7", "cache 0", ...).
         """
         slots = self._slots
         if layer is not None:
@@ -331,7 +340,10 @@ class Run:
         stages: dict[str, list[Any]] = dict(ledger.kept)
         for slot in slots:
             stages[f"cache {slot.index}"] = slot.kept()
-        return [{name: kept[b] for name, kept in stages.items() if b < len(kept)} for b in range(ledger.batch)]
+        return [
+            {name: kept[b] for name, kept in stages.items() if b < len(kept) and kept[b] is not None}
+            for b in range(ledger.batch)
+        ]
 
     def members(self, stage: str) -> list[dict[int, list[int]]]:
         """Per sample, of each row that went on at a stage of `kept()` the original positions merged into it; empty
@@ -370,6 +382,9 @@ class Run:
             plain_bytes=plain,
             peak_bytes=self.peak_bytes,
             attention_work=account.pairs / account.plain_pairs if account.plain_pairs else 1.0,
+            stages={} if ledger is None else ledger.stages(),
+            decoded=0 if ledger is None else max(columns - ledger.prompt_columns, 0),
+            forwards=account.forwards,
         )
 
     def __str__(self) -> str:

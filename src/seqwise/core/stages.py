@@ -140,7 +140,7 @@ class StageDriver:
         self.state = {name: value.gather(1, picked) for name, value in self.state.items()}
         self.picked = picked if self.picked is None else self.picked.gather(1, picked)
         self.engine.account.acted = True
-        self.engine.note_kept(f"layer {index}", ledger.rows[index])
+        self.engine.note_kept(f"layer {index}", rows, ledger.rows[index])
         if getattr(self.cutter, "positions", "keep") == "renumber":
             dropped = live.sum(-1) - alive.sum(-1)
             earlier = [ledger.shift[s] for s in sorted(ledger.shift) if 0 < s < index]

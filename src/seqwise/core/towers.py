@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from seqwise.core import hf
 from seqwise.core.anatomy import Anatomy, Vision
-from seqwise.core.errors import PromptError, UnsupportedModel
+from seqwise.core.errors import PromptError, SlotConflict, UnsupportedModel
 from seqwise.core.method import Method
 from seqwise.core.observe import received
 from seqwise.core.visible import Visible
@@ -505,6 +505,10 @@ class TowerDriver:
             told = [part.watch_tower(tower, self.run) for tower in towers]
             for name in (told[0] or {}) if told else ():
                 scores = [values[name].float() for values in told if values is not None]  # (T, N) each
+                if self._kept is not None:  # places on the full grid
+                    full = torch.zeros(1, self._kept.shape[1], device=self._kept.device)
+                    alive = [tile[0] for tile in self._by_tile]
+                    scores = [full.scatter(1, at, score) for at, score in zip(alive, scores, strict=True)]
                 found.scores[name] = self._to_rows(scores, newline=0.0)
 
     def _to_rows(self, values: list[Tensor], newline: float) -> Tensor:
@@ -543,7 +547,7 @@ class TowerDriver:
 
     def _put_merged(self, merged: list[tuple[Tower, Merged]], features: list[Tensor], found: Found) -> None:
         if self._kept is not None:
-            raise UnsupportedModel(f"{self.reducer} merges whole grids of patches, which {self.pruner} shortens")
+            raise SlotConflict(f"{self.reducer} merges whole grids of patches, which {self.pruner} shortens")
         grids, members, before = [], [], 0
         for tower, made in merged:
             T, N, D = tower.projected.shape

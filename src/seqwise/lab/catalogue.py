@@ -10,8 +10,8 @@ import difflib
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,8 @@ class Paper:
     """One entry of the catalogue.
 
     home: the paper's one file, relative to the package. object: "module:name" of what a person imports, and
-    formulas: "module:function" of each public formula; None and () while the paper is planned.
+    formulas: "module:function" of each public formula; None and () while the paper is planned. facets: where the method
+    stands among token reducers, in the taxonomy of arXiv 2505.18227; what is unknown is left out.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Paper:
     status: Status
     object: str | None = None
     formulas: tuple[str, ...] = ()
+    facets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
 
     @property
     def file(self) -> Path:
@@ -93,6 +95,7 @@ class Paper:
             "status": self.status,
             "object": self.object,
             "formulas": list(self.formulas),
+            "facets": {name: list(values) for name, values in self.facets.items()},
             "verdict": self.verdict,
             "stale": self.stale,
         }
@@ -103,7 +106,16 @@ def papers() -> tuple[Paper, ...]:
     """Every paper, by number."""
     with (PACKAGE / "papers.toml").open("rb") as file:
         entries = tomllib.load(file)["paper"]
-    found = [Paper(**{**entry, "formulas": tuple(entry.get("formulas", ()))}) for entry in entries]
+    found = [
+        Paper(
+            **{
+                **entry,
+                "formulas": tuple(entry.get("formulas", ())),
+                "facets": {name: tuple(values) for name, values in entry.get("facets", {}).items()},
+            }
+        )
+        for entry in entries
+    ]
     return tuple(sorted(found, key=lambda paper: paper.number))
 
 
@@ -115,6 +127,26 @@ def paper(slug: str) -> Paper:
         hint = f"did you mean {' or '.join(close)}?" if close else "`seqwise papers` lists them all"
         raise UsageError(f"no paper has the slug {slug!r}: {hint}")
     return by_slug[slug]
+
+
+def with_facets(shown: Sequence[Paper], wanted: Sequence[str]) -> list[Paper]:
+    """The papers that have every facet of `wanted`, such as "criterion=similarity" or "site=KV cache".
+
+    Raises UsageError for a facet or value that the taxonomy does not know.
+    """
+    if not wanted:
+        return list(shown)
+    from seqwise.insight.probe.token_reduction_beyond_efficiency import check_facets  # imports torch
+
+    pairs = []
+    for text in wanted:
+        name, _, value = text.partition("=")
+        try:
+            check_facets({name: value})
+        except ValueError as error:
+            raise UsageError(f"--facet {text}: {error}") from None
+        pairs.append((name, value))
+    return [paper for paper in shown if all(value in paper.facets.get(name, ()) for name, value in pairs)]
 
 
 def contract_passes() -> dict[str, dict[str, Any]]:

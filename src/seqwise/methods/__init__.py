@@ -18,19 +18,28 @@ from seqwise.methods.order.pine import PINE
 from seqwise.methods.order.set_based_prompting import SetBasedPrompting
 from seqwise.methods.order.v2pe import V2PE
 from seqwise.methods.reduce.baselines import AveragePool, FastV, RandomTokens, UniformGrid
+from seqwise.methods.reduce.catp import CATP
 from seqwise.methods.reduce.flowcut import FlowCut
 from seqwise.methods.reduce.fopru import FoPru
 from seqwise.methods.reduce.hiprune import HiPrune
+from seqwise.methods.reduce.quota import QuoTA
+from seqwise.methods.reduce.todre import ToDRE
 from seqwise.methods.reduce.transprune import TransPrune
+from seqwise.methods.reduce.vflowopt import VFlowOpt
+from seqwise.methods.reduce.visiondrop import VisionDrop
+from seqwise.methods.reduce.vmtc_cmai import CMAI, VMTC
 from seqwise.methods.reduce.vtc_cls import VTCCLS
 
 __all__ = [
     "A2SF",
+    "CATP",
+    "CMAI",
     "H2O",
     "PAINT",
     "PINE",
     "TOVA",
     "V2PE",
+    "VMTC",
     "VTCCLS",
     "AttentionCalibration",
     "AveragePool",
@@ -45,15 +54,19 @@ __all__ = [
     "HiPrune",
     "JustReadTwice",
     "LazyEviction",
+    "QuoTA",
     "Random",
     "RandomTokens",
     "Recent",
     "SetBasedPrompting",
     "SnapKV",
     "TidalDecode",
+    "ToDRE",
     "TokenRecycling",
     "TokenSelect",
     "TransPrune",
     "UniformGrid",
+    "VFlowOpt",
+    "VisionDrop",
     "ZipCache",
 ]

@@ -56,7 +56,10 @@ EXAMPLES: dict[str, str] = {
     "HiPAttention": "HiPAttention(budget=6, block_q=8, window=2, sinks=1, stride=4, refresh=3, dense=1)",
     "TidalDecode": "TidalDecode(budget=6, start=1, correction=2)",
     "TokenSelect": "TokenSelect(budget=6, sinks=1, local=4, block=4)",
+    "VFlowOpt": "VFlowOpt(budget=(0.5, 0.7, 0.6), prune_at=(1, 3), t=1.5, m=2.0, alpha=0.5)",
+    "QuoTA": "QuoTA(budget=0.5, cap=True)",
     "FastV": "FastV(budget=0.4, layer=2)",
+    "VisionDrop": "VisionDrop(budget=(10, 7, 5, 3), contextual=(3, 2, 2, 1), prune_after=(1, 2, 3))",
     "VTCCLS": "VTCCLS(budget=0.4, start=2)",
     "HiPrune": "HiPrune(budget=0.5, layer=2, alpha=1.0, beta=0.1)",
     "ToDRE": "ToDRE(budget=0.5, check_layer=1, tau=0.9)",
@@ -138,11 +141,20 @@ def generate(model: Any, batch: Batch, run: Run | None = None, steps: int = STEP
 
 @contextmanager
 def attached(method: Method, model: Any, batch: Batch, *, chunk: int | None = None) -> Iterator[Run]:
-    """The method on the model, with the facts of the prompt that it asks for."""
-    with method.on(model, chunk=chunk) as run:
+    """The method on the model, with the facts of the prompt that it asks for, and a scorer of its images."""
+    with method.on(model, chunk=chunk, scorer=lambda: _relevance(batch)) as run:
         if any(part.facts() for part in method.parts):
             run.bind(marked(batch))
         yield run
+
+
+def _relevance(batch: Batch) -> Tensor:
+    """A number per image that depends on the image alone: (images,)."""
+    pixels = batch["pixel_values"].float()
+    if pixels.dim() == 5:  # samples by images, filled up with zeros
+        pixels = pixels.flatten(0, 1)
+        pixels = pixels[pixels.flatten(1).abs().sum(1) > 0]
+    return pixels.flatten(1).mean(1).sigmoid()
 
 
 def under(method: Method, model: Any, batch: Batch, *, chunk: int | None = None, **options: Any) -> Seen:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqwise.core.errors import PromptError, UnsupportedModel
+from seqwise.core.errors import UnsupportedModel
 from seqwise.methods import AveragePool, FastV, FlowCut, RandomTokens, UniformGrid
 from seqwise.methods.reduce.baselines import grid_shape, spaced_cells
 from seqwise.testing import FAMILIES
@@ -106,14 +106,22 @@ def test_pooled_tokens_are_the_means_of_their_cells():
     assert members[first] == [first, first + 1, first + 4, first + 5]
 
 
-def test_pooling_needs_whole_grids():
+@pytest.mark.parametrize("method", [UniformGrid(budget=4), AveragePool(budget=4)], ids=str)
+@torch.no_grad()
+def test_a_grid_that_the_tower_thinned_is_spaced_or_averaged_over_what_is_left(method):
     model, batch = LLAVA.tiny(), LLAVA.prompt(10)
-    with (
-        torch.no_grad(),
-        (FlowCut(budget=9) | AveragePool(budget=4)).on(model),
-        pytest.raises(PromptError, match="some"),
-    ):
+    first = int((batch["input_ids"][0] == IMAGE).nonzero()[0])
+    with (FlowCut(budget=9) | method).on(model) as run:
         model(**batch)
+        left, kept, (members,) = set(run.tower_kept[0]), run.kept()[0]["input"], run.members("input")
+    cells = [p - first for p in kept if first <= p < first + N]
+    assert set(cells) <= left and 1 <= len(cells) <= 4
+    if isinstance(method, AveragePool):
+        assert {p - first for group in members.values() for p in group} == left
+        for group in members.values():
+            assert len({((p - first) // 8, (p - first) % 4 // 2) for p in group}) == 1
+    else:
+        assert cells == [sorted(left)[i] for i in (1, 3, 5, 7)]
 
 
 @pytest.mark.parametrize("layer", [1, 3])

@@ -8,10 +8,10 @@ FastV          the tokens to which the prompt's last token attends most in an ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import floor, sqrt
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from seqwise.core.anatomy import Anatomy
 from seqwise.core.errors import PromptError, UnsupportedModel
 from seqwise.core.method import Method, budget_param, param
+from seqwise.core.plan import stage_space, stages_at
 from seqwise.core.select import budget_count, keep_best, top_k
 from seqwise.core.views import Stage
 
@@ -43,26 +44,33 @@ def spaced_cells(grid: tuple[int, int], count: int) -> Tensor:
     return torch.cat([lattice, others[between]]).sort().values
 
 
-def _maps(stage: Stage) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
-    """Sample, rows (H W,) in raster order and grid of every whole map of cells: an image, a tile, a frame, a joint map.
+class _Map(NamedTuple):
+    """Visual tokens of one grid: an image, a tile, a frame, a joint map of tiles, in raster order."""
 
-    Raises PromptError where the cells of visual tokens are unknown or incomplete.
-    """
+    sample: int
+    rows: Tensor  # (n,)
+    row: Tensor  # (n,) cells
+    column: Tensor
+    grid: tuple[int, int]
+
+    @property
+    def whole(self) -> bool:
+        return len(self.rows) == self.grid[0] * self.grid[1]
+
+
+def _maps(stage: Stage) -> Iterator[_Map]:
+    """Every map of a prompt, without newline tokens. Raises PromptError where the cells of its tokens are unknown."""
     tile, row, column = (stage.fact(name) for name in ("tile", "row", "column"))
+    if bool((stage.visual & (row < 0)).any()):
+        raise PromptError(
+            "the grid cells of this prompt's visual tokens are unknown; bind segments with row and column"
+        )
     for b in range(stage.visual.shape[0]):
         shown = stage.visual[b] & (column[b] >= 0)
-        if bool((stage.visual[b] & (row[b] < 0)).any()):
-            raise PromptError(
-                "the grid cells of this prompt's visual tokens are unknown; bind segments with row, column"
-            )
-        for key in torch.stack([stage.image[b], tile[b]], -1)[shown].unique(dim=0):  # maps of a prompt are few
-            here = (shown & (stage.image[b] == key[0]) & (tile[b] == key[1])).nonzero()[:, 0]
-            H, W = int(row[b, here].max()) + 1, int(column[b, here].max()) + 1
-            if len(here) != H * W:
-                raise PromptError(
-                    f"an image's grid of {H} x {W} cells has {len(here)} visual tokens; some were dropped"
-                )
-            yield b, here, (H, W)
+        for image, number in torch.stack([stage.image[b], tile[b]], -1)[shown].unique(dim=0).tolist():  # maps are few
+            rows = (shown & (stage.image[b] == image) & (tile[b] == number)).nonzero()[:, 0]
+            r, c = row[b, rows], column[b, rows]
+            yield _Map(b, rows, r, c, (int(r.max()) + 1, int(c.max()) + 1))
 
 
 @dataclass(frozen=True)
@@ -108,14 +116,19 @@ class UniformGrid(Method):
         if self.budget == 1.0 and isinstance(self.budget, float):
             return None
         keep = ~stage.visual
-        for b, rows, grid in _maps(stage):
-            keep[b, rows[spaced_cells(grid, budget_count(self.budget, len(rows))).to(rows.device)]] = True
+        for one in _maps(stage):
+            n = len(one.rows)  # of a thinned grid, evenly spaced ones of those that are left
+            cells = spaced_cells(one.grid if one.whole else (1, n), budget_count(self.budget, n))
+            keep[one.sample, one.rows[cells.to(one.rows.device)]] = True
         return keep
 
 
 @dataclass(frozen=True)
 class AveragePool(Method):
-    """Averages each image's grid down to the largest h x w grid within the budget, of about its proportions."""
+    """Averages each image's grid down to the largest h x w grid within the budget, of about its proportions.
+
+    Each token belongs to one cell of the smaller grid; of a grid that a tower pruner thinned, the tokens that are left.
+    """
 
     budget: int | float = budget_param(0.25, "visual tokens per image, or per tile of it, at most")
 
@@ -132,13 +145,13 @@ class AveragePool(Method):
             return None
         keep, hidden = ~stage.visual, stage.hidden.clone()
         member = torch.full_like(stage.order, -1)
-        for b, rows, (H, W) in _maps(stage):
+        for b, rows, row, column, (H, W) in _maps(stage):
             h, w = grid_shape((H, W), budget_count(self.budget, len(rows)))
-            pooled = torch.nn.functional.adaptive_avg_pool2d(hidden[b, rows].T.unflatten(1, (H, W))[None], (h, w))[0]
-            down, right = (torch.arange(M, device=rows.device) * m // M for m, M in ((h, H), (w, W)))
-            cell = (down[:, None] * w + right).flatten()  # (H W,) of the smaller grid
-            first = rows[(cell[:, None] == torch.arange(h * w, device=rows.device)).int().argmax(0)]  # (h w,)
-            hidden[b, first] = pooled.flatten(1).T
+            _, cell = (row * h // H * w + column * w // W).unique(return_inverse=True)  # (n,) those that have tokens
+            count = int(cell.max()) + 1
+            total = hidden.new_zeros(count, hidden.shape[-1]).index_add(0, cell, hidden[b, rows])
+            first = rows.new_full((count,), stage.order.shape[1]).scatter_reduce(0, cell, rows, "amin")
+            hidden[b, first] = total / cell.bincount()[:, None]
             member[b, rows] = first[cell]
             keep[b, first] = True
         stage.replace(hidden, member)
@@ -164,6 +177,13 @@ class FastV(Method):
     def check(self, anatomy: Anatomy) -> None:
         if self.layer >= len(anatomy.layers):
             raise UnsupportedModel(f"FastV.layer must be < the model's {len(anatomy.layers)} layers, got {self.layer}")
+
+    def search_space(self, anatomy: Anatomy, budget: float) -> dict[str, tuple[float, float]]:
+        return stage_space(1, len(anatomy.layers), budget)
+
+    def planned(self, point: Mapping[str, float], anatomy: Anatomy, budget: float) -> Method:
+        (layer,), (share,) = stages_at(point, (self.layer,), len(anatomy.layers), budget)
+        return replace(self, layer=layer, budget=share)
 
     def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
         return (self.layer,)

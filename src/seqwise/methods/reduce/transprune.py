@@ -16,6 +16,7 @@ is the same for a single prompt.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -28,6 +29,7 @@ from seqwise.core.engine import Stage, Transition
 from seqwise.core.errors import UnsupportedModel
 from seqwise.core.method import Method, param
 from seqwise.core.observe import received
+from seqwise.core.plan import stage_space, stages_at
 from seqwise.core.select import keep_best
 from seqwise.core.visible import Visible
 
@@ -147,6 +149,14 @@ class TransPrune(Method):
                 f"TransPrune.prune_after must be < the model's {len(anatomy.layers)} layers, got {self.prune_after!r}; "
                 "choose stages of this model"
             )
+
+    def search_space(self, anatomy: Anatomy, budget: float) -> dict[str, tuple[float, float]]:
+        return stage_space(len(self.budget), len(anatomy.layers), budget)
+
+    def planned(self, point: Mapping[str, float], anatomy: Anatomy, budget: float) -> Method:
+        stages, left = stages_at(point, self.prune_after, len(anatomy.layers), budget)
+        first = min(self.layers[0], stages[0])
+        return replace(self, budget=left, prune_after=stages, layers=(first, max(first, stages[-1])))
 
     def stages(self, anatomy: Anatomy) -> tuple[int, ...]:
         return self.prune_after  # behind the 1-based layer k is in front of the 0-based layer k
