@@ -22,7 +22,7 @@ from seqwise.testing import FAMILIES
 BUILD = Path(__file__).resolve().parents[1] / "docs" / "build.py"
 GUIDE = sorted((BUILD.parent / "guide").glob("*.md"))
 # pages whose Python runs as it stands, with tiny models for the named ones
-RUNS = ("index", "methods", "order", "probe", "eval")
+RUNS = ("index", "methods", "order", "probe", "eval", "images", "plan")
 
 
 class Links(HTMLParser):

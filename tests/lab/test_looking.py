@@ -70,7 +70,10 @@ def test_a_file_of_ones_own_has_columns_by_type_and_images_where_the_question_sa
     assert second.question.startswith("<image> and <image> how many")
     assert third.question == "<image> <image> what colour is the cross ?" and len(third.images) == 2
     batch = encode_pictures(scenes.processor(), second)
-    assert int((batch["input_ids"] == scenes.processor().image_token_id).sum()) == 128 and batch["pixel_values"].shape[0] == 2
+    assert (
+        int((batch["input_ids"] == scenes.processor().image_token_id).sum()) == 128
+        and batch["pixel_values"].shape[0] == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,14 +180,9 @@ def test_a_vision_language_model_is_compared_by_type_of_question(untrained, tmp_
     assert rows["Full()", "count"]["operations_ratio"] == 1 and rows["Full()", "count"]["visual_tokens"] == {
         "prompt": 64
     }
-    assert [one["task"] for one in document["sample"]["pictures"]] == [
-        "presence",
-        "colour",
-        "count",
-        "place",
-        "relation",
-    ]
-    assert render(document).count("<image id=") == 5 and tables(document)
+    shown = [one["task"] for one in document["sample"]["pictures"]]
+    assert len(shown) == len(set(shown)) and {"colour", "place", "relation"} <= set(shown)
+    assert render(document).count("<image id=") == len(shown) and tables(document)
     again = comparison(settings, out=tmp_path / "out.json", resume=True)
     again.run()
     assert again.document()["rows"] == document["rows"] and again.document()["sample"] == document["sample"]

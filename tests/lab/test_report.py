@@ -525,3 +525,89 @@ def test_text_can_be_read_on_its_background(browser: Any, written: Path):
         opened(browser, written, 390, scheme)
         poor = {f"{scheme}: {name}": round(ratio, 2) for name, ratio in browser.execute_script(probe) if ratio < 4.5}
         assert not poor
+
+
+# questions about images
+
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5Erk"
+    "Jggg=="
+)
+
+
+def pictured(**facts: Any) -> Document:
+    """A document of a comparison on two images, one of them with merged tokens, and hostile words everywhere."""
+
+    def one(image: int, *stages: tuple[str, list[int], dict[str, list[int]]]) -> Document:
+        named = [{"name": name, "kept": kept, "members": members} for name, kept, members in stages]
+        return {"image": image, "tile": 0, "rows": 2, "columns": 3, "stages": named}
+
+    pruned = [one(0, ("input", [0, 4], {}), ("layer 2", [4], {})), one(1, ("input", [1, 2], {"1": [0, 1, 3]}))]
+    picture = {
+        "task": HOSTILE, "mode": "aware", "length": None, "question": f"<image> <image> {HOSTILE} ?", "answer": "red",
+        "images": [PIXEL, PIXEL],
+        "methods": {
+            "Full()": {"text": "red", "maps": []},
+            f"FoPru{HOSTILE}(budget=0.5)": {"text": HOSTILE, "maps": pruned},
+            "FlowCut(budget=0.5)": {"text": "a red one", "maps": []},
+        },
+    }  # fmt: skip
+    cell = {"task": "colour", "mode": "aware", "length": None, "operations_ratio": 0.5}
+    rows = [
+        plain(**cell, visual_tokens={"prompt": 12.0}),
+        row("FlowCut(budget=0.5)", 0.8, **cell, visual_tokens={"prompt": 12.0, "tower": 6.0, "layer 2": 3.0}),
+    ]
+    return document(*rows, sample={"pictures": [picture]}, **facts)
+
+
+def test_what_stayed_of_the_images_is_drawn_and_what_was_written_is_escaped():
+    html = render(pictured())
+    found = Elements(html)
+    assert found.count("image") == 2 and [attrs["id"] for tag, attrs in found.found if tag == "image"] == [
+        "image-0-0",
+        "image-0-1",
+    ]
+    assert [attrs["href"] for tag, attrs in found.found if tag == "use"] == ["#image-0-0", "#image-0-0", "#image-0-1"]
+    labels = [attrs["aria-label"] for tag, attrs in found.found if tag == "svg" and attrs.get("role") == "img"]
+    assert labels[-3:] == [
+        "image 1, input: 2 of 6", "image 1, layer 2: 1 of 6", "image 2, input: 2 of 6, 2 merged into them",
+    ]  # fmt: skip
+    paths = [attrs["d"] for tag, attrs in found.found if tag == "path" and attrs.get("class") in ("stays", "merged")]
+    assert paths[-2:] == ["M0 0h1v1h-1zM0 1h1v1h-1z", "M1 0h1v1h-1zM2 0h1v1h-1z"]
+    assert HOSTILE not in html and "alert(1)" in found.text and "<image>" not in found.text
+    assert found.text.count("red") >= 2 and "12, tower 6, layer 2 3" in found.text
+
+
+@pytest.mark.parametrize(
+    "url", ["javascript:alert(1)", "https://example.org/a.png", "data:text/html,x", 'x" onload="y']
+)
+def test_only_images_in_the_document_itself_are_shown(url: str):
+    one = pictured()
+    one["sample"]["pictures"][0]["images"] = [url]
+    html = render(one)
+    assert url not in html and Elements(html).count("image") == 0
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_cells_over_the_image(browser: Any, tmp_path: Path, width: int):
+    path = tmp_path / "seen.html"
+    write_report(pictured(), path)
+    browser.get_log("performance"), browser.get_log("browser")
+    opened(browser, path, width)
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert [url for url in urls if not url.startswith("data:")] == [path.as_uri()]
+    cuts = browser.find_elements("css selector", ".picture[open] .cut svg")
+    assert len(cuts) == 3 and all(cut.is_displayed() and cut.rect["width"] > 60 for cut in cuts)
+    box = "const b = arguments[0].querySelector(arguments[1]).getBoundingClientRect(); return [b.width, b.height]"
+    for cut, name in ((cuts[0], "use"), (cuts[0], ".gone"), (cuts[2], ".merged")):
+        assert min(browser.execute_script(box, cut, name)) > 10, name
+    colour = "return getComputedStyle(document.querySelector(arguments[0])).color"
+    assert browser.execute_script(colour, ".replies .right") != browser.execute_script(colour, ".replies .wrong")
+    assert [e.text for e in browser.find_elements("css selector", ".replies .right")] == ["red", "a red one"]
+    wide, seen = browser.execute_script("const r = document.documentElement; return [r.scrollWidth, r.clientWidth]")
+    assert wide <= seen
+    summary = browser.find_element("css selector", ".picture summary")
+    summary.send_keys(" ")  # closes by keyboard
+    assert not cuts[0].is_displayed()

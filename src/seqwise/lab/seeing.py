@@ -21,7 +21,8 @@ from seqwise.lab.tasks import Prompt, Task
 from seqwise.lab.zoo import SCENES, load_vlm, sees
 
 _METHODS = (
-    "RandomTokens", "UniformGrid", "AveragePool", "FastV", "FoPru", "VTCCLS", "HiPrune", "FlowCut", "ToDRE",
+    "RandomTokens", "UniformGrid", "AveragePool", "FastV", "FoPru", "VTCCLS", "HiPrune", "FlowCut", "ToDRE(tau=0.0)",
+    "VMTC",
 )  # fmt: skip
 
 
@@ -79,10 +80,12 @@ class SeeingComparison(Comparison):
         count: int,
         traced: dict[str, Traced],
     ) -> None:
-        """The first question of each type: its images, and what every method kept of them."""
-        if i or not isinstance(prompt, Pictured):
+        """Of each type the first question that is about something in its images: these, and what every method kept."""
+        pictures = self.sample.setdefault("pictures", [])
+        taken = any(one["task"] == cell.task for one in pictures)
+        if taken or not isinstance(prompt, Pictured) or not prompt.facts.get("relevant", True):
             return
-        self.sample.setdefault("pictures", []).append(
+        pictures.append(
             {
                 **cell._asdict(),
                 "question": prompt.question,

@@ -176,7 +176,11 @@ REPRODUCTION = Reproduction(
         "The shipped scenes model: width 96, five decoder layers, 64 visual tokens a picture instead of 576. Pictures "
         "come with their names as text, the question behind the last, so that demonstrations and query are pictures "
         "of one kind, and half of the questions name the picture they need. Falls of accuracy are measured in points, "
-        "which the paper gives relative to the full model. One trained model for all seeds, which draw the prompts."
+        "which the paper gives relative to the full model. One trained model for all seeds, which draw the prompts. "
+        "Looked at afterwards, on 120 other prompts (all tokens: 0.88): the cut at the input alone costs nothing (0.88 "
+        "at R = 0.778), the two cuts by cosine alone cost as much as all three (0.60), with lambda2 = 0 the whole "
+        "method reaches 0.76; compact instead of original positions change nothing (0.55). Objects are few and unlike "
+        "the mean of a picture, which is mostly background, so that likeness to a mean ranks them last."
     ),
     not_testable={
         "latency": "milliseconds of 256 tokens in a model of width 96 say nothing about a large one; that deeper layers "

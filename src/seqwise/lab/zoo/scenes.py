@@ -148,7 +148,7 @@ def accuracy(
 
 
 def main() -> None:
-    """Trains seed 0 and writes the weights that ship."""
+    """Trains seed 0 and writes the weights that `load` reads."""
     from rich.progress import Progress
 
     with Progress() as bar:

@@ -45,7 +45,7 @@ def train(
     progress: Callable[[int, float], None] | None = None,
     steps: tuple[int, int] = (TOWER_STEPS, STEPS),
 ) -> LlavaForConditionalGeneration:
-    """Trains the model from scratch, in about 12 minutes on one core: AdamW, rising and falling learning rates.
+    """Trains the model from scratch, in about a quarter of an hour on one core: AdamW, rates that rise and fall.
 
     progress: called as `progress(step, loss)` after each step, `step` from 1 through both stages, loss in nats.
     steps: of stage 1, the tower, and of stage 2, projector and decoder.

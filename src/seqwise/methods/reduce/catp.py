@@ -38,7 +38,7 @@ from seqwise.core.errors import UnsupportedModel
 from seqwise.core.method import Method, budget_param, param
 from seqwise.core.select import keep_best
 from seqwise.core.views import Stage
-from seqwise.methods.reduce._images import patch_rows, rows_of_images, with_newlines
+from seqwise.methods.reduce.base import patch_rows, rows_of_images, with_newlines
 
 TIE = 1e-6  # gains that differ by less are equal: two tokens that have only each other for neighbours gain the same
 _SQUARE = 4096  # tokens up to which all similarities are kept

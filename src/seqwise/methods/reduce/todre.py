@@ -36,7 +36,7 @@ from seqwise.core.run import Run
 from seqwise.core.select import budget_count, top_k
 from seqwise.core.towers import Tower
 from seqwise.core.views import Stage
-from seqwise.methods.reduce._images import patch_rows, rows_of_images, with_newlines
+from seqwise.methods.reduce.base import patch_rows, rows_of_images, with_newlines
 
 TIE = 1e-6  # similarities that differ by less are equal
 
@@ -149,16 +149,14 @@ class ToDRE(Method):
             return (7 * L // 8,)
         return (self.check_layer,) if isinstance(self.check_layer, int) else tuple(sorted(set(self.check_layer)))
 
-    def watched_tower(self, anatomy: Anatomy) -> tuple[int, ...]:
+    def watched_tower(self, anatomy: Anatomy) -> tuple[int, ...] | None:
         vision = anatomy.vision
         if vision is None or not vision.specials:
-            return ()
+            return None
         return (len(vision.layers) - 1 if self.pivot_layer is None else self.pivot_layer,)
 
-    def watch_tower(self, tower: Tower, run: Run) -> dict[str, Tensor] | None:
-        if not tower.specials:
-            return None
-        (layer,) = self.watched_tower(run.anatomy)
+    def watch_tower(self, tower: Tower, run: Run) -> dict[str, Tensor]:
+        (layer,) = self.watched_tower(run.anatomy) or ()
         score = tower.received(rows="cls", layer=layer)[..., tower.specials :].mean(1)  # (T, N)
         overview = torch.zeros(len(score), dtype=torch.bool, device=score.device)
         first, tiles = 0, tower.tiles.tolist()

@@ -38,7 +38,7 @@ from seqwise.core.select import budget_count, top_k
 from seqwise.core.towers import Merged, Tower
 from seqwise.core.views import Stage
 from seqwise.core.visible import Visible
-from seqwise.methods.reduce._images import patch_rows
+from seqwise.methods.reduce.base import patch_rows
 
 _AVERAGE, _TOKENS, _CONTEXTUAL = 32, (48, 35, 26, 19), (6, 5, 4, 3)  # the setting of LLaVA-1.5-7B
 

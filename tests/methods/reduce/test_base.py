@@ -1,7 +1,7 @@
 import torch
 
 from seqwise.core.views import Stage
-from seqwise.methods.reduce._images import patch_rows, rows_of_images, with_newlines
+from seqwise.methods.reduce.base import patch_rows, rows_of_images, with_newlines
 
 # two samples: two images of 3 and 2 patches, the first with a newline; one image of 2 patches on the left-padded right
 IMAGE = torch.tensor([[-1, 0, 0, 0, 0, -1, 1, 1, -1], [-1, -1, -1, -1, 0, 0, 0, -1, -1]])
