@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from seqwise.methods import FoPru
 from seqwise.methods.cache.hip_attention import rounds
+from seqwise.testing import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -121,13 +122,15 @@ def test_token_recycling():
 
 @pytest.mark.slow
 def test_visual_pruning():
-    rows = rows_of("visual_pruning.py", "--width", 256)
-    assert rows[0]["theory"] == rows[0]["measured"] == 1 and rows[0]["rows"] == 640
-    by_case = {(row["case"], row["budget"]): row for row in rows}
-    assert by_case["FoPru", 0.25]["rows"] == 64 + 144 and by_case["FoPru", 0.25]["tower rows"] == 577
-    assert by_case["FlowCut", 0.25]["tower rows"] < 577
-    theory = [by_case["FoPru", share]["theory"] for share in (0.5, 0.25, 0.125)]
-    assert 1 > theory[0] > theory[1] > theory[2] > 0
+    names = [word for name in ("FoPru", "FlowCut", "AveragePool") for word in ("--method", name)]
+    rows = rows_of("visual_pruning.py", "--width", 256, "--layers", 3, *names)
+    assert rows[0]["theory"] == rows[0]["measured"] == rows[0]["peak"] == 1 and rows[0]["rows"] == 640
+    by_case = {(row["case"], round(row["share"], 3)): row for row in rows}
+    assert by_case["FoPru", 0.25]["rows"] == by_case["FlowCut", 0.25]["rows"] == 64 + 144
+    assert by_case["FlowCut", 0.25]["theory"] < by_case["FoPru", 0.25]["theory"], "its tower runs on fewer patches"
+    theory = [by_case["FoPru", share]["theory"] for share in (0.5, 0.25, 0.111, 0.062)]
+    assert 1 > theory[0] > theory[1] > theory[2] > theory[3] > 0
+    assert all(0 < row["own"] < 1 for row in rows[1:])
 
 
 def test_visual_pruning_needs_whole_heads(visual_pruning, monkeypatch, capsys):
@@ -137,24 +140,13 @@ def test_visual_pruning_needs_whole_heads(visual_pruning, monkeypatch, capsys):
     assert "--width must be a multiple of 256, got 300" in capsys.readouterr().err
 
 
-def test_operations_are_those_that_run(visual_pruning):
-    n, width = 7, 256
-    with torch.device("meta"):
-        model = visual_pruning.llava(width)
-    model.set_attn_implementation("eager")
-    hidden = torch.empty(1, n, width, device="meta")
-    decoder = model.model.language_model.layers[0]
-    turn = torch.empty(1, n, visual_pruning.HEAD, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        decoder(hidden, position_embeddings=(turn, turn))
-    # eager attention computes the whole square, of which a causal kernel needs half
-    assert counter.get_total_flops() == visual_pruning.operations([n], decoder, width, causal=False)
-    half = visual_pruning.operations([n], decoder, width, causal=True)
-    assert counter.get_total_flops() - half == 2 * n * n * width
-    tower = model.model.vision_tower.encoder.layers[0]
-    with FlopCounterMode(display=False) as counter:
-        tower(torch.empty(1, n, width // 4, device="meta"), attention_mask=None)
-    assert 3 * counter.get_total_flops() == visual_pruning.operations([n] * 3, tower, width // 4, causal=False)
+def test_visual_pruning_times_what_is_in_a_methods_hooks_alone(visual_pruning):
+    method, model = FoPru(budget=0.5), FAMILIES["llava"].tiny()
+    before = dict(vars(FoPru))
+    with visual_pruning.own_seconds(method) as took:
+        assert took == [0.0]
+        visual_pruning.prefill(model, FAMILIES["llava"].prompt(9), method)
+    assert 0 < took[0] < 60 and dict(vars(FoPru)) == before
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def test_papers_as_json(capsys):
     document = json.loads(out)
     assert list(document) == ["papers"]
     assert [entry["number"] for entry in document["papers"]] == list(range(1, 97))
-    fields = "number slug title arxiv home status object formulas verdict stale"
+    fields = "number slug title arxiv home status object formulas facets verdict stale"
     assert all(list(entry) == fields.split() for entry in document["papers"])
     assert document["papers"][27]["title"].startswith("[CLS] Token")
 

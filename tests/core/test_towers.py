@@ -412,14 +412,14 @@ def test_frames_of_a_video_are_tiles(name):
 def test_a_masked_patch_gets_no_attention():
     family = FAMILIES["idefics3"]
     model, batch = family.tiny(), family.prompt(12, images=2)
-    shown = torch.ones(1, 2, 16, 16, dtype=torch.bool)
-    shown[0, 1, :, 8:] = False  # the right half of the second image is padding
+    shown = torch.ones(1, 2, 32, 32, dtype=torch.bool)
+    shown[0, 1, :, 16:] = False  # the right half of the second image is padding
     with torch.no_grad(), Best(budget=2).on(model):
         model(**batch, pixel_attention_mask=shown)
-    received = SEEN[0].received(layer=0).sum(1)  # (2, 4)
-    assert (received[0] > 0).all() and (received[1] > 0).tolist() == [True, False, True, False]
+    received = SEEN[0].received(layer=0).sum(1)  # (2, 16)
+    assert (received[0] > 0).all() and (received[1] > 0).tolist() == [True, True, False, False] * 4
     plain = model(**batch, pixel_attention_mask=shown).logits
-    with torch.no_grad(), Best(budget=4).on(model):
+    with torch.no_grad(), Best(budget=16).on(model):
         torch.testing.assert_close(model(**batch, pixel_attention_mask=shown).logits, plain, atol=1e-5, rtol=1e-4)
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from seqwise import cli
 from seqwise.core.anatomy import Anatomy
@@ -164,6 +165,25 @@ def test_operations_are_those_of_the_rows_that_ran(name):
     if name == "llava":
         weights = sum(m.weight.numel() for m in anatomy.vision.layers[0].modules() if isinstance(m, torch.nn.Linear))
         assert found.operations == decoder + 6 * (2 * 17 * weights + 4 * 17 * 17 * 16)
+
+
+@pytest.mark.parametrize("name", ["llama", "llava", "internvl"])
+@torch.no_grad()
+def test_operations_agree_with_those_that_torch_counts(name):
+    family = FAMILIES[name]
+    tiny, batch = family.tiny(), family.prompt(12)
+    tiny.set_attn_implementation("eager")
+    anatomy = Anatomy.of(tiny)
+    tower = () if anatomy.vision is None else anatomy.vision.layers
+    with counted(anatomy) as found, FlopCounterMode(display=False) as counter:
+        tiny(**batch)
+    layers = [*tower, *anatomy.layers]
+    paths = {id(module): path for path, module in tiny.named_modules()}
+    flops = counter.get_flop_counts()
+    ran = sum(sum(flops[f"{type(tiny).__name__}.{paths[id(layer)]}"].values()) for layer in layers)
+    n = batch["input_ids"].shape[1]
+    # eager attention computes the whole square, of which a causal kernel needs half
+    assert ran == found.operations + len(anatomy.layers) * 2 * n * n * 32
 
 
 def test_a_vision_language_model_is_compared_by_type_of_question(untrained, tmp_path):

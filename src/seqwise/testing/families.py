@@ -79,6 +79,7 @@ class Family:
     pixels: str | None = None
     sizes: tuple[tuple[int, int], ...] = ((16, 16),)
     atol: float = 5e-5
+    side: int = 16  # pixels of an image, or of a tile of it
 
     def __str__(self) -> str:
         return self.name
@@ -143,9 +144,9 @@ class Family:
 
     def _images(self, sizes: list[tuple[int, int]], random: torch.Generator) -> Batch:
         if self.pixels == "grouped":  # per sample
-            return {"pixel_values": torch.randn(1, len(sizes), 3, 16, 16, generator=random)}
+            return {"pixel_values": torch.randn(1, len(sizes), 3, self.side, self.side, generator=random)}
         if self.pixels == "whole":
-            return {"pixel_values": torch.randn(len(sizes), 3, 16, 16, generator=random)}
+            return {"pixel_values": torch.randn(len(sizes), 3, self.side, self.side, generator=random)}
         if self.pixels == "tiles":
             tiles = [_tiles(self.name, size) for size in sizes]
             pixels = torch.randn(len(sizes), max(tiles), 3, 16, 16, generator=random)
@@ -336,7 +337,7 @@ def _shuffled(make: Any) -> Any:
     from transformers import LlamaConfig
 
     config = make(
-        vision_config={**_TOWER, "num_hidden_layers": 3},
+        vision_config={**_TOWER, "num_hidden_layers": 3, "image_size": 32},
         text_config=LlamaConfig(**_TEXT),
         image_token_id=_IMAGE,
         scale_factor=2,
@@ -348,7 +349,7 @@ def _shuffled(make: Any) -> Any:
 def _internvl() -> nn.Module:
     from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config
 
-    tower = {**_TOWER, "image_size": [16, 16], "patch_size": [4, 4], "num_hidden_layers": 3}
+    tower = {**_TOWER, "image_size": [32, 32], "patch_size": [4, 4], "num_hidden_layers": 3}
     config = InternVLConfig(
         vision_config=tower, text_config=Qwen2Config(**_TEXT), image_token_id=_IMAGE, downsample_ratio=0.5
     )
@@ -376,8 +377,8 @@ FAMILIES: dict[str, Family] = {
         Family("llava_onevision", _llava_onevision, "tiles", _MIXED_SIZES),
         Family("qwen2_vl", _qwen2_vl, "patches", ((16, 16), (24, 16))),
         Family("qwen25_vl", _qwen25_vl, "patches", ((16, 16), (24, 16))),
-        Family("idefics3", _idefics3, "grouped"),
-        Family("smolvlm", _smolvlm, "grouped"),
-        Family("internvl", _internvl, "whole"),
+        Family("idefics3", _idefics3, "grouped", side=32),
+        Family("smolvlm", _smolvlm, "grouped", side=32),
+        Family("internvl", _internvl, "whole", side=32),
     )
 }

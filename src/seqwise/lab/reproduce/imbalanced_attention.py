@@ -93,8 +93,8 @@ class Given(PAINT):
 
     abstract: ClassVar[bool] = True
 
-    def watched_tower(self, anatomy: Anatomy) -> tuple[int, ...]:
-        return ()
+    def watched_tower(self, anatomy: Anatomy) -> None:
+        return None
 
 
 def noisy(drawn: GlyphBatch, generator: torch.Generator) -> GlyphBatch:
