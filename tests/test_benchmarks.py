@@ -150,6 +150,15 @@ def test_visual_pruning_times_what_is_in_a_methods_hooks_alone(visual_pruning):
 
 
 @pytest.mark.slow
+def test_lexrank():
+    pytest.importorskip("sumy")
+    rows = {row["against"]: row for row in rows_of("lexrank.py", 60)}
+    assert set(rows) == {"lexrank", "sumy"} and all(
+        row["difference"] < 1e-6 and row["checked"] for row in rows.values()
+    )
+
+
+@pytest.mark.slow
 def test_sparse_read():
     small = ("--heads", 4, "--kv-heads", 2, "--head-size", 16, "--prefill-heads", 1, "--prefill-dtype", "float32")
     rows = rows_of("sparse_read.py", 3000, *small, "--prefill", 800, 1200, 1600, "--real", 120)

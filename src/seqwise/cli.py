@@ -207,7 +207,11 @@ def evaluate(
 
 @app.command()
 def probe(
-    names: Annotated[Optional[list[str]], typer.Argument(metavar="NAME...", help="Probes: order.")] = None,  # noqa: UP045
+    names: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="NAME...", help="Probes; an unknown name lists them."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every probe, in one report.")] = False,
     model: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="A Hub name or a folder. Default: SmolLM2-135M-Instruct, which needs no download."),
@@ -235,6 +239,7 @@ def probe(
     """Find out what a model is sensitive to, and what remedies do about it."""
     from transformers.utils import logging
 
+    from seqwise.lab.probes import PROBES
     from seqwise.lab.probes.base import Settings
     from seqwise.lab.probes.run import Probing, tables
 
@@ -251,7 +256,7 @@ def probe(
         trust_remote_code=trust_remote_code,
     )
     stderr = Console(stderr=True)
-    probing = Probing(names or (), settings, out=out, resume=resume)
+    probing = Probing(tuple(PROBES) if every else names or (), settings, out=out, resume=resume)
     _, stopped = _shown(probing, tables, as_json, stderr)
     if stopped or probing.failed:
         raise typer.Exit(130 if stopped else 1)

@@ -15,8 +15,8 @@ import torch
 
 from seqwise import cli
 from seqwise.core.errors import UsageError
-from seqwise.lab.probes import order
-from seqwise.lab.probes.base import Settings
+from seqwise.lab.probes import PROBES, order
+from seqwise.lab.probes.base import Probe, Result, Row, Settings, Verdict
 from seqwise.lab.probes.order import Order
 from seqwise.lab.probes.run import SCHEMA, Probing
 from seqwise.lab.rows import PLAIN
@@ -67,6 +67,52 @@ def rows(document, **wanted):
     return [row for row in found["rows"] if all(row[name] == value for name, value in wanted.items())]
 
 
+class Told(Probe):
+    """Measures nothing and finds one number, or cannot work on any model."""
+
+    asks = "What?"
+    reading = "So."
+    finding = "None."
+
+    def __init__(self, name, works=True):
+        self.name, self.works = name, works
+
+    def facts(self, settings):
+        return {}
+
+    def measure(self, model, tokenizer, settings, progress):
+        if not self.works:
+            raise UsageError("this model\nlacks a part")
+
+    def result(self, settings, records):
+        return Result((Verdict("all", PLAIN, "yes", "it is"),), (Row("all", PLAIN, "share", 0.5, n=2),))
+
+
+def test_a_probe_that_cannot_work_leaves_the_others_their_report(folder, monkeypatch, capsys):
+    for one in (Told("first"), Told("second", works=False), Told("third")):
+        monkeypatch.setitem(PROBES, one.name, one)
+    assert run("first", "second", "third", "--model", folder, "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["name"], one["status"]) for one in found["probes"]] == [
+        ("first", "ok"), ("second", "failed"), ("third", "ok"),
+    ]  # fmt: skip
+    assert found["probes"][1]["notes"] == ["this model lacks a part"] and found["complete"]
+    assert run("first", "second", "--model", folder) == 1
+    assert "failed: this model lacks a part" in capsys.readouterr().out
+    assert run("second", "--model", folder) == 2  # alone it is a plain refusal
+    assert "lacks a part" in capsys.readouterr().err
+
+
+def test_all_runs_every_probe_and_a_file_is_for_one(folder, tmp_path, monkeypatch, capsys):
+    names = list(PROBES)
+    for name in names:
+        monkeypatch.setitem(PROBES, name, Told(name))
+    assert run("--all", "--model", folder, "--json") == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)["probes"]] == names
+    assert run("--all", "--model", folder, "--task", own(tmp_path)) == 2
+    assert "--task holds the items of one probe" in " ".join(capsys.readouterr().err.split())
+
+
 def test_json_on_stdout_is_one_document(folder, tmp_path, capsys):
     out = tmp_path / "r.json"
     options = [word for remedy in REMEDIES for word in ("--remedy", remedy)]
@@ -77,7 +123,7 @@ def test_json_on_stdout_is_one_document(folder, tmp_path, capsys):
     assert found["settings"]["probes"] == {"order": {"remedies": list(REMEDIES), "items": {"options": 3}}}
     assert list(found["settings"]["files_sha256"]) == [own(tmp_path)] and found["settings"]["seed"] == 0
     (probe,) = found["probes"]
-    assert list(probe) == ["name", "asks", "verdicts", "rows", "notes", "reading", "finding"]
+    assert list(probe) == ["name", "asks", "status", "verdicts", "rows", "notes", "reading", "finding"]
     assert [one["method"] for one in probe["verdicts"]] == [PLAIN, *REMEDIES]
     fields = "group method what value low high n difference note status reason"
     assert all(list(row) == fields.split() and row["n"] == 3 for row in probe["rows"])

@@ -22,12 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from seqwise.core.errors import UsageError
+from seqwise.core.errors import SeqwiseError, UsageError
 from seqwise.lab.compare import DEFAULT_MODEL, check_writable
 from seqwise.lab.files import cache_dir
 from seqwise.lab.keeping import Keeper, provenance, sha256
 from seqwise.lab.probes import PROBES, base
-from seqwise.lab.probes.base import Settings
+from seqwise.lab.probes.base import Result, Settings
 from seqwise.lab.registry import load_methods
 from seqwise.lab.rows import PLAIN
 from seqwise.lab.zoo import load_model
@@ -48,11 +48,14 @@ class Probing:
         if unknown or not names:
             said = f"unknown probe {unknown[0]!r}" if unknown else "name a probe"
             raise UsageError(f"{said}; there are {', '.join(PROBES)}")
+        if settings.task is not None and len(set(names)) > 1:
+            raise UsageError(f"--task holds the items of one probe, got {len(set(names))} probes; name one")
         load_methods(settings.plugins)
         self.settings = settings
         self.probes = [PROBES[name] for name in dict.fromkeys(names)]
         self.facts = self._facts()
         self.records: dict[str, dict[str, Any]] = {probe.name: {} for probe in self.probes}
+        self.refused: dict[str, str] = {}  # probe -> why it could not be measured, where others could
         self.complete = False
         self.keeper = Keeper(out, self._place(), schema=SCHEMA, results="a probe's results")
         if out is not None:
@@ -109,7 +112,12 @@ class Probing:
                         bars.update(bar, description=text, completed=done, total=total)
 
                     torch.manual_seed(s.seed)
-                    probe.measure(model, tokenizer, s, base.Progress(self.records[probe.name], show, keep))
+                    try:
+                        probe.measure(model, tokenizer, s, base.Progress(self.records[probe.name], show, keep))
+                    except SeqwiseError as error:
+                        if len(self.probes) == 1:
+                            raise
+                        self.refused[probe.name] = " ".join(str(error).split())
             except BaseException:
                 self.keeper.keep(self.document, console)
                 raise
@@ -120,7 +128,12 @@ class Probing:
 
     def document(self) -> dict[str, Any]:
         """All that has been found so far, as JSON values (docs/guide/probe.md)."""
-        found = {probe.name: probe.result(self.settings, self.records[probe.name]) for probe in self.probes}
+        found = {
+            probe.name: Result((), (), (self.refused[probe.name],))
+            if probe.name in self.refused
+            else probe.result(self.settings, self.records[probe.name])
+            for probe in self.probes
+        }
         return {
             "schema": SCHEMA,
             "settings": self.facts,
@@ -130,6 +143,7 @@ class Probing:
                 {
                     "name": probe.name,
                     "asks": probe.asks,
+                    "status": "failed" if probe.name in self.refused else "ok",
                     **found[probe.name].to_dict(),
                     "reading": probe.reading,
                     "finding": probe.finding,
@@ -141,8 +155,11 @@ class Probing:
 
     @property
     def failed(self) -> bool:
-        """Whether a method failed somewhere."""
-        return any(probe.result(self.settings, self.records[probe.name]).failed for probe in self.probes)
+        """Whether a probe or a method failed somewhere."""
+        measured = [probe for probe in self.probes if probe.name not in self.refused]
+        return bool(self.refused) or any(
+            probe.result(self.settings, self.records[probe.name]).failed for probe in measured
+        )
 
 
 # the document as tables for a terminal
@@ -153,6 +170,9 @@ def tables(document: Mapping[str, Any]) -> list[RenderableType]:
     shown: list[RenderableType] = []
     for probe in document["probes"]:
         shown.append(Text(f"\n{probe['name']}: {probe['asks']}", style="bold"))
+        if probe["status"] == "failed":
+            shown += [Text(f"failed: {why}", style="red") for why in probe["notes"]]
+            continue
         for group in dict.fromkeys(row["group"] for row in probe["rows"]):
             shown.append(_grid(group, [row for row in probe["rows"] if row["group"] == group]))
         for one in probe["verdicts"]:
