@@ -69,19 +69,6 @@ class Stage:
         """
         return self._fact(name)
 
-    def by_size(self) -> list[tuple[Tensor, Tensor]]:
-        """Images of equally many visual rows together: their samples (G,), and these rows' indices (G, n) ascending."""
-        found: dict[int, list[tuple[int, Tensor]]] = {}
-        for b, image in enumerate(self.image.masked_fill(~self.visual, -1)):
-            for i in range(int(image.max()) + 1):  # images of a prompt are few
-                rows = (image == i).nonzero()[:, 0]
-                if len(rows):
-                    found.setdefault(len(rows), []).append((b, rows))
-        return [
-            (torch.tensor([b for b, _ in group], device=self.image.device), torch.stack([rows for _, rows in group]))
-            for _, group in sorted(found.items())
-        ]
-
     def replace(self, hidden: Tensor, member: Tensor | None = None) -> None:
         """Rows go on with these contents (B, r, d); those that are cut do not matter. member: (B, r) index of the row
         that each row was merged into, -1 for none."""

@@ -17,7 +17,7 @@ from seqwise.core.errors import MissingExtra, UsageError
 from seqwise.core.prepare import prepare
 from seqwise.core.run import Run
 from seqwise.core.segments import Segments
-from seqwise.lab.tasks import Answering, Better, Output, Prompt, answered, json_lines, text_field
+from seqwise.lab.tasks import Answering, Better, Output, Prompt, answered, form_of, json_lines, text_field
 
 IMAGE = "<image>"
 
@@ -126,7 +126,7 @@ class Pictures(Looking):
 
 @lru_cache(maxsize=4)
 def _lines(path: str) -> list[tuple[int, str, dict[str, Any]]]:
-    return list(json_lines(path, ("image", "question", "answer")))
+    return list(json_lines(path, form_of(("image", "question", "answer"))))
 
 
 def _type(where: str, item: Mapping[str, Any]) -> str:

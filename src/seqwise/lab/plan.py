@@ -118,13 +118,13 @@ def _pictures(settings: Settings, processor: Any, n: int) -> tuple[list[Batch], 
 
 
 def _texts(settings: Settings, tokenizer: Any, n: int) -> tuple[list[Batch], str]:
-    from seqwise.lab.tasks import json_lines, text_field
+    from seqwise.lab.tasks import form_of, json_lines, text_field
     from seqwise.lab.zoo.text import passages
 
     if settings.task is None:
         texts, source = passages(settings.seed, tokenizer, WINDOW, n), "English prose"
     else:
-        lines = list(json_lines(settings.task, ("prompt",)))[:n]
+        lines = list(json_lines(settings.task, form_of(("prompt",))))[:n]
         texts, source = [text_field(where, item, "prompt") for _, where, item in lines], settings.task
     return [dict(tokenizer(text, return_tensors="pt")) for text in texts], source
 

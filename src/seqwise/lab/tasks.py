@@ -261,17 +261,19 @@ class File(Answering):
         return (self.path,)
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase, n: int, seed: int, length: int) -> list[Prompt]:
-        return [self._item(where, number, item) for number, where, item in json_lines(self.path, self.fields)][:n]
+        return [self._item(where, number, item) for number, where, item in json_lines(self.path, form_of(self.fields))][
+            :n
+        ]
 
     def _item(self, where: str, number: int, item: Mapping[str, Any]) -> Prompt:
         context, question, answer = (text_field(where, item, name) for name in self.fields)
         return Prompt(context, question, answer, facts={"line": number})  # stripped, as chat templates do
 
 
-def json_lines(path: str, fields: Sequence[str]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def json_lines(path: str, form: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Each line's number, where it is ("file, line 3") and its object.
 
-    fields: named in the message for a file without lines. Raises UsageError for what cannot be read.
+    form: a line's form, for the message if there is none. Raises UsageError for what cannot be read.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
@@ -290,8 +292,12 @@ def json_lines(path: str, fields: Sequence[str]) -> Iterator[tuple[int, str, dic
             raise UsageError(f"{where}: must be an object, got {type(item).__name__}")
         yield number, where, item
     if empty:
-        form = ", ".join(f'"{name}": ...' for name in fields)
-        raise UsageError(f"{path} has no lines; each is {{{form}}}")
+        raise UsageError(f"{path} has no lines; each is {form}")
+
+
+def form_of(fields: Sequence[str]) -> str:
+    """Such as {"question": ..., "answer": ...}."""
+    return "{" + ", ".join(f'"{name}": ...' for name in fields) + "}"
 
 
 def text_field(where: str, item: Mapping[str, Any], name: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from seqwise.core.errors import UsageError
+from seqwise.lab.tasks import json_lines, text_field
 
 T = TypeVar("T")
 
@@ -27,10 +26,7 @@ class Line:
 
     def text(self, name: str) -> str:
         """A text, without blanks around it. Raises UsageError where it is missing or empty."""
-        value = self.fields.get(name)
-        if not isinstance(value, str) or not value.strip():
-            raise self.fail(name, "a text that is not empty")
-        return value.strip()
+        return text_field(self.where, self.fields, name)
 
     def texts(self, name: str, least: int = 1) -> list[str]:
         """A list of so many texts or more. Raises UsageError for anything else."""
@@ -49,22 +45,4 @@ def read_lines(path: str, read: Callable[[Line], T], form: str) -> list[T]:
 
     Raises UsageError for a file that cannot be read, and for a line that is no object.
     """
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{where}: not JSON ({error})") from None
-        if not isinstance(fields, dict):
-            raise UsageError(f"{where}: must be an object, got {type(fields).__name__}")
-        found.append(read(Line(where, fields)))
-    if not found:
-        raise UsageError(f"{path} has no lines; each is {form}")
-    return found
+    return [read(Line(where, item)) for _, where, item in json_lines(path, form)]

@@ -13,13 +13,11 @@ stays in place belongs to a position. So the text of the option is the answer th
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from itertools import combinations
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -43,6 +41,7 @@ from seqwise.lab.probes.base import (
     replies,
     share,
 )
+from seqwise.lab.probes.lines import Line, read_lines
 from seqwise.lab.registry import load_methods, parse_methods
 from seqwise.lab.rows import PLAIN
 from seqwise.lab.tasks import NOUNS, answered
@@ -118,68 +117,50 @@ def options(n: int, seed: int) -> list[Item]:
     return items
 
 
+_FORM = (
+    '{"question": ..., "options": [...], "answer": index} or '
+    '{"question": ..., "documents": [...], "gold": index, "answer": text}'
+)
+
+
 def read_items(path: str) -> dict[str, list[Item]]:
     """Items of your own from a JSON Lines file, by part: lines with "options" and lines with "documents".
 
     Raises UsageError with file, line and field for a line that is not so.
     """
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     found: dict[str, list[Item]] = {DOCUMENTS: [], OPTIONS: []}
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            part, item = _line(f"{path}, line {number}", line)
-            first = len(found[part][0].members) if found[part] else len(item.members)
-            if len(item.members) != first:
-                raise UsageError(
-                    f"{path}, line {number}: field {part!r} must hold as many as in the first such line, {first}, "
-                    f"got {len(item.members)}; positions are compared"
-                )
-            found[part].append(item)
-    if not any(found.values()):
-        raise UsageError(
-            f'{path} has no lines; each is {{"question": ..., "options": [...], "answer": index}} or '
-            '{"question": ..., "documents": [...], "gold": index, "answer": text}'
-        )
+
+    def take(line: Line) -> None:
+        part, item = _item(line)
+        first = len(found[part][0].members) if found[part] else len(item.members)
+        if len(item.members) != first:
+            raise UsageError(
+                f"{line.where}: field {part!r} must hold as many as in the first such line, {first}, "
+                f"got {len(item.members)}; positions are compared"
+            )
+        found[part].append(item)
+
+    read_lines(path, take, _FORM)
     return {part: items for part, items in found.items() if items}
 
 
-def _line(where: str, line: str) -> tuple[str, Item]:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{where}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{where}: must be an object, got {type(found).__name__}")
-    if (OPTIONS in found) == (DOCUMENTS in found):
-        raise UsageError(f"{where}: must have one of the fields 'options' and 'documents'")
-
-    def fail(name: str, wanted: str) -> UsageError:
-        got = "nothing" if name not in found else repr(found[name])
-        return UsageError(f"{where}: field {name!r} must be {wanted}, got {got}")
-
-    def text(name: str) -> str:
-        value = found.get(name)
-        if not isinstance(value, str) or not value.strip():
-            raise fail(name, "a text that is not empty")
-        return value.strip()
-
-    part, most = (OPTIONS, len(LETTERS)) if OPTIONS in found else (DOCUMENTS, 100)
-    members = found[part]
+def _item(line: Line) -> tuple[str, Item]:
+    if (OPTIONS in line.fields) == (DOCUMENTS in line.fields):
+        raise UsageError(f"{line.where}: must have one of the fields 'options' and 'documents'")
+    part, most = (OPTIONS, len(LETTERS)) if OPTIONS in line.fields else (DOCUMENTS, 100)
+    members = line.fields[part]
     if not isinstance(members, list) or not all(isinstance(one, str) and one.strip() for one in members):
-        raise fail(part, "a list of texts that are not empty")
+        raise line.fail(part, "a list of texts that are not empty")
     members = tuple(one.strip() for one in members)
     if not 2 <= len(set(members)) == len(members) <= most:
-        raise fail(part, f"a list of 2 to {most} different texts")
+        raise line.fail(part, f"a list of 2 to {most} different texts")
     index = "answer" if part == OPTIONS else "gold"
-    gold = found.get(index)
+    gold = line.fields.get(index)
     if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(members):
-        raise fail(index, f"a whole number in [0, {len(members) - 1}], an index of {part!r}")
+        raise line.fail(index, f"a whole number in [0, {len(members) - 1}], an index of {part!r}")
     if part == OPTIONS:
-        return part, Item(text("question"), members, gold, members, prefix="The answer is")
-    return part, Item(text("question"), members, gold, answer=text("answer"))
+        return part, Item(line.text("question"), members, gold, members, prefix="The answer is")
+    return part, Item(line.text("question"), members, gold, answer=line.text("answer"))
 
 
 # prompts

@@ -22,6 +22,7 @@ from seqwise.core.method import Method, budget_param, param
 from seqwise.core.plan import stage_space, stages_at
 from seqwise.core.select import budget_count, keep_best, top_k
 from seqwise.core.views import Stage
+from seqwise.methods.reduce.base import rows_of_images
 
 
 def grid_shape(grid: tuple[int, int], count: int) -> tuple[int, int]:
@@ -90,11 +91,9 @@ class RandomTokens(Method):
 
     def cut_input(self, stage: Stage) -> Tensor:
         keep = ~stage.visual
-        for samples, rows in stage.by_size():
-            n = rows.shape[1]
-            luck = torch.rand(n, generator=torch.Generator().manual_seed(self.seed))
-            chosen = rows[:, top_k(luck, budget_count(self.budget, n)).to(rows.device)]  # (G, k)
-            keep[samples[:, None], chosen] = True
+        for b, rows in rows_of_images(stage.visual, stage.image):
+            luck = torch.rand(len(rows), generator=torch.Generator().manual_seed(self.seed))
+            keep[b, rows[top_k(luck, budget_count(self.budget, len(rows))).to(rows.device)]] = True
         return keep
 
 
