@@ -34,9 +34,21 @@ app = typer.Typer(
 )
 
 
+# what several commands take; typer evaluates these on Python 3.10, so None is said the old way
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Kept = Annotated[Optional[Path], typer.Option("--out", help="Write the JSON document, kept up to date.")]  # noqa: UP045
+Plugin = Annotated[
+    Optional[list[Path]],  # noqa: UP045
+    typer.Option(help="A Python file with methods of your own. Again for more."),
+]
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, ...")]  # noqa: UP045
+Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16, ...")]  # noqa: UP045
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+
+
 @app.command()
 def papers(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
     status: Annotated[
         Optional[Literal["planned", "implemented"]],  # noqa: UP045 - typer evaluates it on Python 3.10
         typer.Option(help="Show only papers of this status."),
@@ -83,19 +95,14 @@ def compare(
     seed: Annotated[int, typer.Option(help="Of prompts and of methods that draw.")] = 0,
     chunk: Annotated[Optional[int], typer.Option(help="Prefill in chunks of so many tokens.")] = None,  # noqa: UP045
     quick: Annotated[bool, typer.Option("--quick", help="A smaller comparison that ends within a minute.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
     report: Annotated[Optional[Path], typer.Option(help="Write an HTML report.")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="Write the JSON document, kept up to date.")] = None,  # noqa: UP045
+    out: Kept = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the same comparison was stopped.")] = False,
-    plugin: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="A Python file with methods of your own. Again for more."),
-    ] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ...")] = None,  # noqa: UP045
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, ...")] = None,  # noqa: UP045
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
+    plugin: Plugin = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure what each method saves and what it costs on a model.
 
@@ -159,17 +166,12 @@ def evaluate(
     ] = None,
     limit: Annotated[Optional[int], typer.Option(help="Documents per task.")] = None,  # noqa: UP045
     batch_size: Annotated[int, typer.Option(help="Prompts, or continuations of one context, at once.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
     out: Annotated[Optional[Path], typer.Option(help="Write the JSON document.")] = None,  # noqa: UP045
-    plugin: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="A Python file with methods of your own. Again for more."),
-    ] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ...")] = None,  # noqa: UP045
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, ...")] = None,  # noqa: UP045
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
+    plugin: Plugin = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness under a method."""
     from transformers.utils import logging
@@ -223,18 +225,13 @@ def probe(
     items: Annotated[Optional[int], typer.Option(help="Items per part of a probe.")] = None,  # noqa: UP045
     task: Annotated[Optional[str], typer.Option(help="A .jsonl file with items of your own.")] = None,  # noqa: UP045
     seed: Annotated[int, typer.Option(help="Of items and of methods that draw.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    out: Annotated[Optional[Path], typer.Option(help="Write the JSON document, kept up to date.")] = None,  # noqa: UP045
+    as_json: AsJson = False,
+    out: Kept = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the same probe was stopped.")] = False,
-    plugin: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="A Python file with methods of your own. Again for more."),
-    ] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ...")] = None,  # noqa: UP045
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, ...")] = None,  # noqa: UP045
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
+    plugin: Plugin = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Find out what a model is sensitive to, and what remedies do about it."""
     from transformers.utils import logging
@@ -274,18 +271,13 @@ def plan(
     evaluations: Annotated[int, typer.Option(help="Schedules that are tried.")] = 60,
     seed: Annotated[int, typer.Option(help="Of the search and of the prompts.")] = 42,
     task: Annotated[Optional[str], typer.Option(help="A .jsonl file with prompts of your own.")] = None,  # noqa: UP045
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    out: Annotated[Optional[Path], typer.Option(help="Write the JSON document, kept up to date.")] = None,  # noqa: UP045
+    as_json: AsJson = False,
+    out: Kept = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the same search was stopped.")] = False,
-    plugin: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(help="A Python file with methods of your own. Again for more."),
-    ] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, ...")] = None,  # noqa: UP045
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16, ...")] = None,  # noqa: UP045
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
+    plugin: Plugin = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Search the stages and shares of a method that change a model least under a budget."""
     from transformers.utils import logging
@@ -318,7 +310,7 @@ def reproduce(
     slug: Annotated[Optional[list[str]], typer.Argument(help="Papers, as `seqwise papers` lists them.")] = None,  # noqa: UP045
     every: Annotated[bool, typer.Option("--all", help="Every paper that has a reproduction.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is recorded and up to date.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure papers' claims again, with a verdict for each."""
     from seqwise.lab.reproduction import run_reproductions
